@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["embedder", "reranker"]
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*/config.json", "*.py")
 _MODULES = {"Transformer": "transformer", "Pooling": "pooling", "Normalize": "normalize"}
 _POOLING_KEYS = {
@@ -96,7 +96,8 @@ class Source:
         name = os.fspath(model)
         folder = Path(name).expanduser()
         if folder.is_dir():
-            name = str(folder)
+            # Absolute, so that "." has a name to be known by and a later chdir changes nothing.
+            name = os.path.abspath(folder)  # noqa: PTH100 -- resolve() would follow the cache's links
         elif isinstance(model, os.PathLike) or not _HUB_ID.fullmatch(name):
             msg = (
                 f"model={name!r} is no folder on this machine and no hub id: pass a folder with "

@@ -162,22 +162,25 @@ class LocalModel(Generic[Item]):
             )
             raise ArgumentError(msg)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = f"The model {self.model!r} is closed: make a new one to compute with it."
+            raise ClosedError(msg)
+
     def _loaded(self) -> Engine:
         with self._lock:
-            if self._closed:
-                msg = f"The model {self.model!r} is closed: make a new one to compute with it."
-                raise ClosedError(msg)
+            self._check_open()
             if self._engine is None:
                 self._engine = self._load()
                 self._check_room(self._engine.tokenizer)
             return self._engine
 
     def _load(self) -> Engine:
+        found = self.checkpoint  # before the heavy imports: it may not be there at all
         from bge_core.checkpoint import load_tokenizer
         from bge_core.engine import Engine, shared_engine
         from bge_core.runner import load_runner
 
-        found = self.checkpoint
         devices, dtype = self._placement.resolve()
         pooling = self._pooling or found.pooling
         source = self._source
@@ -226,6 +229,9 @@ class LocalModel(Generic[Item]):
         progress: Callable[[int], None] | None = None,
     ) -> Rows:
         """Tokenise and compute, a few slices ahead of the workers."""
+        self._check_open()
+        if not items:
+            return []
         engine = self._loaded()
         rows: Rows = []
         ahead: deque[Future[Rows]] = deque()
@@ -259,6 +265,9 @@ class LocalModel(Generic[Item]):
         progress: Callable[[int], None] | None = None,
     ) -> Rows:
         """Do the same on an event loop, without ever blocking it."""
+        self._check_open()
+        if not items:
+            return []
         engine = self._engine if self._engine is not None else await asyncio.to_thread(self._loaded)
         rows: Rows = []
         ahead: deque[Future[Rows]] = deque()

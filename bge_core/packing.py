@@ -22,7 +22,12 @@ from bge_core.tokens import Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PACKED_ATTENTION", "Pack", "fill"]
+try:
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attention
+except ImportError:  # an older torch: one call a run on every device
+    _varlen_attention = None  # type: ignore[assignment]
+
+__all__ = ["PACKED_ATTENTION", "Pack", "fill", "first_rows_of_layer"]
 
 PACKED_ATTENTION = "bge_packed"
 """The name under which transformers finds the packed attention."""
@@ -100,6 +105,10 @@ class Pack:
         """Give the row of each sequence's last token, [n] int64."""
         return self._tensor([end - 1 for end in accumulate(self.lengths)])
 
+    def ends(self) -> Tensor:
+        """Give 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
+        return self._tensor([0, *accumulate(self.lengths)]).int()
+
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)
 
@@ -149,7 +158,7 @@ def packed_attention(
         attention_mask: None, since the pack has the boundaries.
         scaling: Factor on the scores; None for 1 / sqrt(head_dim).
         softcap: Refused: soft-capped scores need arithmetic of their own.
-        sliding_window: Refused where a sequence is longer than the window.
+        sliding_window: Tokens see others less than so many places away; None for all.
         pack: The boundaries.
 
     Returns:
@@ -158,27 +167,99 @@ def packed_attention(
     Raises:
         ComputationError: The layer asks for what this function does not do.
     """
-    if softcap is not None or sliding_window is not None:
-        msg = f"{type(module).__name__} wants a soft cap or a sliding window: run it padded."
+    if softcap is not None:
+        msg = f"{type(module).__name__} soft-caps its scores: run it padded."
         raise ComputationError(msg)
+    causal = bool(getattr(module, "is_causal", False))
     # [tokens, heads, head_dim]: a view, since the projections are laid out that way.
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    out = torch.empty_like(rows[0], memory_format=torch.contiguous_format)
-    for run in pack.runs:
-        shape = (run.count, run.length)
-        q, k, v = (
-            row[run.start : run.end].view(*shape, *row.shape[1:]).transpose(1, 2) for row in rows
-        )
-        attended = scaled_dot_product_attention(
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if _varlen_attention is not None and q.is_cuda and q.dtype != torch.float32:
+        ends = pack.ends()
+        longest = max(pack.lengths)
+        far = -1 if sliding_window is None else sliding_window - 1
+        attended: Any = _varlen_attention(
             q,
             k,
             v,
-            is_causal=bool(getattr(module, "is_causal", False)),
+            ends,
+            ends,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(far, 0 if causal else far),
+            enable_gqa=k.shape[1] != q.shape[1],
+            # More splits are faster on one long text, and make a vector depend on its pack.
+            num_splits=1,
+        )
+        return attended[None], None
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for run in pack.runs:
+        mask = _window(run.length, sliding_window, causal=causal, device=q.device)
+        attended = scaled_dot_product_attention(
+            _split(q, run),
+            _split(k, run),
+            _split(v, run),
+            attn_mask=mask,
+            is_causal=causal and mask is None,
             scale=scaling,
             enable_gqa=k.shape[1] != q.shape[1],
         )
-        out[run.start : run.end].view(*shape, *out.shape[1:]).copy_(attended.transpose(1, 2))
+        _split(out, run).copy_(attended)
     return out[None], None
+
+
+def first_rows_of_layer(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
+    """Run a BERT-style last layer for the first token of each sequence only.
+
+    CLS pooling reads no other row of the last layer, so its queries, attention output and feed
+    forward are needed for one row a sequence: the keys and values are all that it takes of the
+    others. The result is the same.
+
+    Args:
+        layer: A `BertLayer`, or one of the families that copied it.
+        hidden: [tokens, hidden], what the layer before gave.
+        pack: The boundaries.
+
+    Returns:
+        [n, hidden], the layer's output for each sequence's first token.
+    """
+    attention = layer.attention.self
+    attention_output = layer.attention.output
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    first = hidden[pack.first_rows()]
+    queries = attention.query(first).view(-1, *heads)
+    keys = attention.key(hidden).view(-1, *heads)
+    values = attention.value(hidden).view(-1, *heads)
+    attended, done = [], 0
+    for run in pack.runs:
+        out = scaled_dot_product_attention(
+            queries[done : done + run.count, :, None],
+            _split(keys, run),
+            _split(values, run),
+            scale=attention.scaling,
+        )
+        attended.append(out.flatten(1))
+        done += run.count
+    rows: Tensor = layer.feed_forward_chunk(attention_output(torch.cat(attended), first))
+    return rows
+
+
+def _split(rows: Tensor, run: Run) -> Tensor:
+    """View a run's rows [tokens, heads, head_dim] as [count, heads, length, head_dim]."""
+    own = rows[run.start : run.end]
+    return own.view(run.count, run.length, *rows.shape[1:]).transpose(1, 2)
+
+
+def _window(
+    length: int, sliding_window: int | None, *, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Make the mask of a sliding window, [length, length] bool; None where it hides nothing."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    visible = distance.abs() < sliding_window
+    return visible & (distance >= 0) if causal else visible
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

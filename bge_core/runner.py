@@ -12,7 +12,7 @@ import torch
 
 from bge_core.checkpoint import Checkpoint, Kind, load_model
 from bge_core.errors import CheckpointError
-from bge_core.packing import PACKED_ATTENTION, Pack
+from bge_core.packing import PACKED_ATTENTION, Pack, first_rows_of_layer
 from bge_core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ __all__ = ["Runner", "load_runner"]
 
 logger = logging.getLogger(__name__)
 
-Head = Callable[["Tensor", Pack], "Tensor"]
-"""Hidden rows [tokens, hidden] and their pack -> one row a sequence, [n, width]."""
+Pool = Callable[["Tensor", Pack], "Tensor"]
+"""Hidden rows [tokens, hidden] and their pack -> one row a sequence, [n, hidden]."""
+Head = Callable[["Tensor"], "Tensor"]
+"""One row a sequence, [n, hidden] -> what the caller wants of it, [n, width]."""
 
 # Families whose stock code is known to run packed; the others show it on two short sequences.
 _PACKED_FAMILIES = ("bert", "roberta", "xlm-roberta")
@@ -48,7 +50,9 @@ class PackedRunner:
 
     Args:
         encoder: A transformers base model with the packed attention set.
-        head: Makes each sequence's row of the last hidden states.
+        pool: Makes each sequence's row of the last hidden states.
+        head: Makes the outcome of those rows.
+        last_layer: The encoder's last layer, taken out of it, where first rows of it are enough.
         device: Where the model is.
         first_position: Position of a sequence's first token.
     """
@@ -56,14 +60,23 @@ class PackedRunner:
     padded = False
 
     def __init__(
-        self, encoder: torch.nn.Module, head: Head, *, device: torch.device, first_position: int
+        self,
+        encoder: Any,
+        pool: Pool,
+        head: Head,
+        *,
+        last_layer: torch.nn.Module | None = None,
+        device: torch.device,
+        first_position: int,
     ) -> None:
         self._encoder = encoder
+        self._pool = pool
         self._head = head
+        self._last_layer = last_layer
         self._device = device
         self._first_position = first_position
-        self.default_budget = _default_budget(encoder, device)
         self._takes_types = getattr(encoder.config, "type_vocab_size", 0) > 0
+        self.default_budget = _default_budget(encoder, device)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32]:
@@ -73,7 +86,11 @@ class PackedRunner:
         if not self._takes_types:
             del inputs["token_type_ids"]
         hidden = self._encoder(**inputs, pack=pack)[0][0]
-        return _numpy(self._head(hidden, pack))
+        if self._last_layer is None:
+            rows = self._pool(hidden, pack)
+        else:
+            rows = first_rows_of_layer(self._last_layer, hidden, pack)
+        return _numpy(self._head(rows))
 
 
 class PaddedRunner:
@@ -81,8 +98,8 @@ class PaddedRunner:
 
     Args:
         forward: Takes input_ids, attention_mask and, if the model has types, token_type_ids.
-        head: Makes rows of what `forward` gives; None if that are the rows already.
-        config: The model's config.
+        pool: Makes rows of the hidden states that `forward` gives; None if it gives the outcome.
+        encoder: The transformers model inside, for its config.
         device: Where the model is.
     """
 
@@ -91,13 +108,13 @@ class PaddedRunner:
     def __init__(
         self,
         forward: Callable[[dict[str, Tensor]], Tensor],
-        head: Head | None,
+        pool: Pool | None,
         *,
-        encoder: torch.nn.Module,
+        encoder: Any,
         device: torch.device,
     ) -> None:
         self._forward = forward
-        self._head = head
+        self._pool = pool
         self._device = device
         self._takes_types = getattr(encoder.config, "type_vocab_size", 0) > 0
         self._pad = int(getattr(encoder.config, "pad_token_id", None) or 0)
@@ -120,8 +137,8 @@ class PaddedRunner:
             inputs["token_type_ids"] = types
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
         out = self._forward(tensors)
-        if self._head is not None:
-            out = self._head(out[tensors["attention_mask"].bool()], Pack(sequences, self._device))
+        if self._pool is not None:
+            out = self._pool(out[tensors["attention_mask"].bool()], Pack(sequences, self._device))
         return _numpy(out)
 
 
@@ -152,46 +169,66 @@ def load_runner(
         return _sentence_transformers(checkpoint, place, dtype, trust_remote_code)
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(place)
-    head = _pooling_head(pooling) if kind == "embedder" else _classification_head(model)
     encoder = model if kind == "embedder" else model.base_model
+    head = _same if kind == "embedder" else _classifier(model)
     if head is not None and _runs_packed(encoder, checkpoint, place):
-        return PackedRunner(encoder, head, device=place, first_position=checkpoint.first_position)
+        return PackedRunner(
+            encoder,
+            _POOLS[pooling or "cls"],
+            head,
+            last_layer=_take_last_layer(encoder, checkpoint, pooling or "cls"),
+            device=place,
+            first_position=checkpoint.first_position,
+        )
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
     if kind == "embedder":
-        return PaddedRunner(lambda inputs: model(**inputs)[0], head, encoder=model, device=place)
+        pool = _POOLS[pooling or "cls"]
+        return PaddedRunner(lambda inputs: model(**inputs)[0], pool, encoder=model, device=place)
     return PaddedRunner(lambda inputs: model(**inputs).logits, None, encoder=model, device=place)
 
 
-def _pooling_head(pooling: str | None) -> Head:
-    def cls(hidden: Tensor, pack: Pack) -> Tensor:
-        return hidden[pack.first_rows()]
-
-    def last(hidden: Tensor, pack: Pack) -> Tensor:
-        return hidden[pack.last_rows()]
-
-    def mean(hidden: Tensor, pack: Pack) -> Tensor:
-        # Summed in float32: a half-precision sum over hundreds of tokens loses digits.
-        return torch.cat(
-            [
-                hidden[run.start : run.end].float().view(run.count, run.length, -1).mean(1)
-                for run in pack.runs
-            ]
-        )
-
-    heads: dict[str | None, Head] = {"cls": cls, "last": last, "mean": mean}
-    return heads[pooling]
+def _cls(hidden: Tensor, pack: Pack) -> Tensor:
+    return hidden[pack.first_rows()]
 
 
-def _classification_head(model: Any) -> Head | None:
+def _last(hidden: Tensor, pack: Pack) -> Tensor:
+    return hidden[pack.last_rows()]
+
+
+def _mean(hidden: Tensor, pack: Pack) -> Tensor:
+    # In float32: a half-precision sum over hundreds of tokens loses digits.
+    return torch.cat(
+        [
+            hidden[run.start : run.end].float().view(run.count, run.length, -1).mean(1)
+            for run in pack.runs
+        ]
+    )
+
+
+_POOLS: dict[str, Pool] = {"cls": _cls, "last": _last, "mean": _mean}
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _classifier(model: Any) -> Head | None:
     """Give the model's own pooler and classifier on first rows; None if they need more."""
     name = type(model).__name__
     if name == "BertForSequenceClassification":
-        return lambda hidden, pack: model.classifier(
-            model.bert.pooler(hidden[pack.first_rows()][:, None])
-        )
+        return lambda rows: model.classifier(model.bert.pooler(rows[:, None]))
     if name in ("XLMRobertaForSequenceClassification", "RobertaForSequenceClassification"):
-        return lambda hidden, pack: model.classifier(hidden[pack.first_rows()][:, None])
+        return lambda rows: model.classifier(rows[:, None])
     return None
+
+
+def _take_last_layer(encoder: Any, checkpoint: Checkpoint, pooling: str) -> Any:
+    """Take the last layer out of an encoder whose pooling reads only its first rows."""
+    if pooling != "cls" or checkpoint.family not in _PACKED_FAMILIES:
+        return None
+    *others, last = encoder.encoder.layer
+    encoder.encoder.layer = torch.nn.ModuleList(others)
+    return last
 
 
 def _runs_packed(encoder: Any, checkpoint: Checkpoint, device: torch.device) -> bool:
@@ -207,6 +244,7 @@ def _runs_packed(encoder: Any, checkpoint: Checkpoint, device: torch.device) -> 
         runner = PackedRunner(
             encoder,
             lambda hidden, _: hidden,
+            _same,
             device=device,
             first_position=checkpoint.first_position,
         )
@@ -243,21 +281,21 @@ def _sentence_transformers(
             f"transformer, pooling and normalisation: {exc}"
         )
         raise CheckpointError(msg) from exc
-    encoder: Any = model[0].auto_model
+    encoder = model[0].auto_model
     logger.debug("%r has modules of its own: it runs padded.", checkpoint.name)
     return PaddedRunner(
         lambda inputs: model(inputs)["sentence_embedding"], None, encoder=encoder, device=device
     )
 
 
-def _default_budget(encoder: torch.nn.Module, device: torch.device) -> int:
+def _default_budget(encoder: Any, device: torch.device) -> int:
     if device.type == "cpu":
         # A small working set: activations stay in the cache (docs/architecture.md).
         return 2048
     if device.type != "cuda":
         return 8192
     # Live at once in a layer: a few rows of hidden size and one of the feed-forward.
-    config: Any = encoder.config
+    config = encoder.config
     wide = getattr(config, "intermediate_size", 4 * config.hidden_size) + 8 * config.hidden_size
     size = next(encoder.parameters()).element_size()
     free, _ = torch.cuda.mem_get_info(device)

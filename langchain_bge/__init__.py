@@ -1,0 +1,25 @@
+"""BGE embeddings and rerankers for LangChain, on your own machine."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from bge_core import MissingExtraError
+
+try:
+    from langchain_bge.cross_encoder import BGECrossEncoder
+    from langchain_bge.embeddings import BGEEmbeddings
+    from langchain_bge.reranker import BGEReranker
+except ModuleNotFoundError as exc:
+    if (exc.name or "").partition(".")[0] not in ("langchain_core", "pydantic"):
+        raise
+    msg = (
+        f"langchain_bge needs langchain-core, and {exc.name!r} is not installed: "
+        "pip install 'bge-adapters[langchain]'"
+    )
+    raise MissingExtraError(msg) from exc
+
+try:
+    __version__ = version("bge-adapters")
+except PackageNotFoundError:  # a checkout that was put on the path by hand
+    __version__ = "0+unknown"
+
+__all__ = ["BGECrossEncoder", "BGEEmbeddings", "BGEReranker", "__version__"]

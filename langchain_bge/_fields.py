@@ -1,0 +1,177 @@
+"""What the adapters share: where a model comes from, where it runs, and how it is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+)
+
+from bge_core import ArgumentError, Embedder, Reranker
+
+if TYPE_CHECKING:
+    import torch
+
+    DType = str | torch.dtype
+    Device = str | torch.device | list[str]
+else:
+
+    def _name(value: Any) -> Any:
+        # A torch.dtype or torch.device becomes its name, so that a dump is plain JSON and torch
+        # need not be imported here.
+        if type(value).__module__.partition(".")[0] == "torch":
+            return str(value).removeprefix("torch.")
+        return value
+
+    DType = Annotated[str, BeforeValidator(_name)]
+    Device = Annotated[str | list[str], BeforeValidator(_name)]
+
+__all__ = ["LocalModelFields"]
+
+
+class LocalModelFields(BaseModel):
+    """A checkpoint on this machine, as fields; each adapter adds what is its own.
+
+    The model behind the fields is made at construction, which checks them and loads no weights.
+    Pickles, copies and dumps carry the configuration only.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        # `model_kwargs` and `model_name` are LangChain's own words.
+        protected_namespaces=(),
+        populate_by_name=True,
+        validate_assignment=True,
+        # A wrong argument's message must not show the token beside it.
+        hide_input_in_errors=True,
+    )
+
+    model: str | Path = Field(validation_alias=AliasChoices("model", "model_name"), frozen=True)
+    """A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder; `model_name=` is the same argument."""
+
+    device: Device | None = Field(default=None, frozen=True)
+    """`"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or a list of them; None for the best one."""
+
+    dtype: DType = Field(default="auto", frozen=True)
+    """`"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or `"bfloat16"`."""
+
+    use_fp16: bool | None = Field(default=None, frozen=True)
+    """FlagEmbedding's word for float16 (True) or float32 (False); None leaves it to `dtype`."""
+
+    max_length: int | None = Field(default=None, frozen=True)
+    """Tokens that are read of a text, special ones included; None for the checkpoint's limit."""
+
+    batch_tokens: int | None = Field(default=None, frozen=True)
+    """Tokens computed in one pass; None for the device's default."""
+
+    on_truncation: Literal["ignore", "warn", "error"] = Field(default="warn", frozen=True)
+    """What happens when a text is longer: `"warn"` logs one line a call, `"error"` refuses."""
+
+    cache_folder: str | Path | None = Field(default=None, frozen=True)
+    """The hub's cache; None for the usual one."""
+
+    revision: str | None = Field(default=None, frozen=True)
+    """Branch, tag or commit on the hub."""
+
+    local_files_only: bool = Field(default=False, frozen=True)
+    """Never go to the network."""
+
+    trust_remote_code: bool = Field(default=False, frozen=True)
+    """Run Python code that the checkpoint carries; off for good reason."""
+
+    token: SecretStr | None = Field(default=None, frozen=True)
+    """A hub token for private models."""
+
+    _core: Embedder | Reranker = PrivateAttr()
+
+    if not TYPE_CHECKING:  # type checkers know the arguments from the fields
+
+        def __init__(self, **arguments: Any) -> None:
+            # What pydantic's validators raise it wraps in a report of several lines. What is
+            # raised around it reaches the user as it is: one sentence, and a BGEError.
+            super().__init__(**self._first_class(arguments))
+            self._core = self._make_core()
+
+    @property
+    def model_name(self) -> str:
+        """The hub id or folder, as a str."""
+        return str(self.model)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the numbers.
+
+        For the namespaces of caches. The weights count, not the folder's place, the device or
+        batch sizes.
+        """
+        return self._core.fingerprint
+
+    def close(self) -> None:
+        """Let go of the model; the weights are freed when nobody else holds them."""
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        """Give the adapter itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        self.close()
+
+    def model_copy(
+        self,
+        *,
+        update: Mapping[str, Any] | None = None,
+        deep: bool = False,  # noqa: ARG002 -- pydantic's signature
+    ) -> Self:
+        """Make another adapter of the same configuration, with `update` applied and checked.
+
+        Args:
+            update: Arguments to give anew, as to the constructor.
+            deep: Of no effect: a configuration shares nothing that could be changed.
+
+        Raises:
+            ArgumentError: A value that can't be served.
+            ValidationError: An unknown argument, or a value of the wrong type.
+        """
+        return type(self)(**{**self.model_dump(exclude_unset=True), **(update or {})})
+
+    def __copy__(self) -> Self:
+        """Make another adapter of the same configuration."""
+        return self.model_copy()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Make another adapter of the same configuration."""
+        return self.model_copy()
+
+    @classmethod
+    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Rewrite what was given in another library's words, or refuse it in a sentence."""
+        if "model" in arguments and "model_name" in arguments:
+            msg = "model and model_name are one argument with two names: pass one of them."
+            raise ArgumentError(msg)
+        return arguments
+
+    def _make_core(self) -> Embedder | Reranker:
+        raise NotImplementedError
+
+    def _shared(self) -> dict[str, Any]:
+        """Give the fields of this class as the core's keywords, save `model`."""
+        names = LocalModelFields.model_fields.keys() - {"model", "token"}
+        token = None if self.token is None else self.token.get_secret_value()
+        return {name: getattr(self, name) for name in names} | {"token": token}

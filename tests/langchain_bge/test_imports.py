@@ -1,0 +1,78 @@
+"""What the package exports, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import langchain_bge
+
+ROOT = Path(langchain_bge.__file__).parents[1]
+
+EXPECTED_ALL = ["BGECrossEncoder", "BGEEmbeddings", "BGEReranker", "__version__"]
+
+
+def _python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all():
+    assert sorted(langchain_bge.__all__) == langchain_bge.__all__ == EXPECTED_ALL
+    assert all(hasattr(langchain_bge, name) for name in EXPECTED_ALL)
+
+
+def test_version():
+    assert langchain_bge.__version__[0].isdigit()
+
+
+def test_typed():
+    assert (Path(langchain_bge.__file__).parent / "py.typed").is_file()
+
+
+def test_importing_and_constructing_loads_nothing_heavy():
+    heavy = _python(
+        "import sys, langchain_bge\n"
+        "langchain_bge.BGEEmbeddings(model='BAAI/bge-small-en-v1.5')\n"
+        "langchain_bge.BGEReranker(model='BAAI/bge-reranker-base')\n"
+        "langchain_bge.BGECrossEncoder(model='BAAI/bge-reranker-base')\n"
+        "heavy = {'torch', 'transformers', 'sentence_transformers', 'llama_index'}\n"
+        "heavy |= {'langchain', 'langchain_classic', 'langchain_community'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert heavy.strip() == "[]"
+
+
+def test_missing_langchain_core_names_the_command():
+    said = _python(
+        "import sys\n"
+        "sys.modules['langchain_core'] = None\n"
+        "from bge_core import MissingExtraError\n"
+        "try:\n"
+        "    import langchain_bge.reranker\n"
+        "except MissingExtraError as error:\n"
+        "    print(isinstance(error, ImportError), error)"
+    )
+    assert said.startswith("True ")
+    assert "pip install 'bge-adapters[langchain]'" in said
+
+
+def test_another_missing_module_is_not_called_an_extra():
+    said = _python(
+        "import sys\n"
+        "sys.modules['langchain_bge._fields'] = None\n"
+        "try:\n"
+        "    import langchain_bge\n"
+        "except ImportError as error:\n"
+        "    print(type(error).__name__)"
+    )
+    assert said.strip() == "ModuleNotFoundError"
