@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bge_core.errors import CheckpointError, InputTypeError
 from bge_core.profiles import Profile, find_profile
@@ -32,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "read",
+    "without_bars",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,9 @@ logger = logging.getLogger(__name__)
 Kind = Literal["embedder", "reranker"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*/config.json", "*.py")
-_MODULES = {"Transformer": "transformer", "Pooling": "pooling", "Normalize": "normalize"}
+_DIGESTED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt")
+_WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*.py")
+_PLAIN_MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -95,7 +98,7 @@ class Source:
             raise InputTypeError(msg)
         name = os.fspath(model)
         folder = Path(name).expanduser()
-        if folder.is_dir():
+        if name and folder.is_dir():
             # Absolute, so that "." has a name to be known by and a later chdir changes nothing.
             name = os.path.abspath(folder)  # noqa: PTH100 -- resolve() would follow the cache's links
         elif isinstance(model, os.PathLike) or not _HUB_ID.fullmatch(name):
@@ -126,6 +129,7 @@ class Checkpoint:
     Attributes:
         name: The hub id or folder that the user wrote.
         folder: Where its files are.
+        body: Where config, weights and tokenizer are: the folder, or its first module's.
         family: `model_type` of config.json.
         profile: Its row in the table of published checkpoints; None if it has none.
         pooling: `"cls"`, `"mean"` or `"last"`; another mode's name where sentence-transformers'
@@ -135,13 +139,16 @@ class Checkpoint:
         hidden_size: Width of the last layer, which is a plain embedder's dimension.
         max_length: Tokens that it can take, special ones included.
         default_length: Tokens that are read unless the user says otherwise.
-        first_position: Position of the first token.
+        padding_position: Where positions are counted from in the families of RoBERTa: the
+            padding token's id. None where they start at 0.
+        pad: The padding token's id.
         lower_case: Texts are lower-cased before the tokenizer.
         prompts: Its own prompts by name (config_sentence_transformers.json).
     """
 
     name: str
     folder: Path
+    body: Path
     family: str
     profile: Profile | None
     pooling: str | None
@@ -150,7 +157,8 @@ class Checkpoint:
     hidden_size: int
     max_length: int
     default_length: int
-    first_position: int
+    padding_position: int | None
+    pad: int
     lower_case: bool
     prompts: Mapping[str, str]
 
@@ -163,8 +171,8 @@ class Checkpoint:
         digest = hashlib.sha256()
         names = sorted(
             path.relative_to(self.folder).as_posix()
-            for pattern in ("*.json", "*.txt", "*.safetensors", "*.bin", "*.pt", "*/config.json")
-            for path in self.folder.glob(pattern)
+            for path in (*self.folder.glob("*"), *self.folder.glob("[0-9]_*/*"))
+            if path.suffix in _DIGESTED and path.is_file()
         )
         for name in names:
             digest.update(name.encode())
@@ -233,43 +241,46 @@ def read(source: Source, folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: A file is missing or damaged, or points out of the folder.
     """
-    config = _json(folder / "config.json")
-    if not isinstance(config, dict) or "model_type" not in config:
+    modules = _modules(folder)
+    body = folder / (modules[0].path if modules else "")
+    config = _File(body / "config.json")
+    if "model_type" not in config.values:
         msg = (
-            f"{folder / 'config.json'} is missing or has no model_type, so {source.model!r} is no "
+            f"{config.path} is missing or has no model_type, so {source.model!r} is no "
             "transformers checkpoint: pass the folder that save_pretrained wrote, or a hub id."
         )
         raise CheckpointError(msg)
-    family = str(config["model_type"])
-    profile = find_profile(source.model) or find_profile(str(config.get("_name_or_path") or ""))
-    modules, transformer = _modules(folder)
+    family = str(config.values["model_type"])
+    profile = find_profile(source.model) or find_profile(
+        str(config.values.get("_name_or_path") or "")
+    )
     pooling = _pooling(folder, modules)
-    bert_config = _mapping(folder / transformer / "sentence_bert_config.json")
-    tokenizer_config = _mapping(folder / transformer / "tokenizer_config.json")
-    prompts = _mapping(folder / "config_sentence_transformers.json").get("prompts") or {}
-    first = int(config.get("pad_token_id") or 0) + 1 if family in _OFFSET_FAMILIES else 0
+    if profile and modules is None:
+        pooling = profile.pooling
+    reading = _File(body / "sentence_bert_config.json")
+    pad = config.whole("pad_token_id", 0)
+    offset = family in _OFFSET_FAMILIES
     capacity = min(
-        int(config.get("max_position_embeddings") or 512) - first,
-        int(tokenizer_config.get("model_max_length") or 1 << 30),
+        config.whole("max_position_embeddings", 512) - (pad + 1 if offset else 0),
+        _File(body / "tokenizer_config.json").whole("model_max_length", 1 << 30),
         profile.max_length if profile else 1 << 30,
     )
-    default = min(int(bert_config.get("max_seq_length") or capacity), capacity)
-    if profile and pooling is None and modules is None:
-        pooling = profile.pooling
     return Checkpoint(
         name=source.model,
         folder=folder,
+        body=body,
         family=family,
         profile=profile,
         pooling=pooling,
-        plain=modules is None or set(modules) <= {"transformer", "pooling", "normalize"},
+        plain=all(module.kind in _PLAIN_MODULES for module in modules or ()),
         labels=_labels(config),
-        hidden_size=int(config.get("hidden_size") or config.get("dim") or 0),
+        hidden_size=config.whole("hidden_size", config.whole("dim", 0)),
         max_length=capacity,
-        default_length=default,
-        first_position=first,
-        lower_case=bool(bert_config.get("do_lower_case", False)),
-        prompts={str(name): str(text) for name, text in prompts.items()},
+        default_length=min(reading.whole("max_seq_length", capacity), capacity),
+        padding_position=pad if offset else None,
+        pad=pad,
+        lower_case=bool(reading.values.get("do_lower_case")),
+        prompts=_prompts(_File(folder / "config_sentence_transformers.json")),
     )
 
 
@@ -308,9 +319,9 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
         raise CheckpointError(msg)
     if kind == "embedder" and (pooling or checkpoint.pooling) is None:
         msg = (
-            f"{name!r} says nothing of its pooling: it has no modules.json and is no published "
-            "BGE checkpoint. Pass pooling='cls', 'mean' or 'last' as it was trained, or save it "
-            "with sentence-transformers, which writes modules.json."
+            f"{name!r} says nothing of its pooling: it is no published BGE checkpoint, and has no "
+            "modules.json with a pooling module. Pass pooling='cls', 'mean' or 'last' as it was "
+            "trained, or save it with sentence-transformers, which writes modules.json."
         )
         raise CheckpointError(msg)
 
@@ -337,7 +348,7 @@ def check_profile(profile: Profile | None, kind: Kind, name: str) -> None:
         raise CheckpointError(msg)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokenizer:
     """Load a checkpoint's fast tokenizer.
 
     Raises:
@@ -345,24 +356,22 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    if not any((checkpoint.folder / name).exists() for name in _TOKENIZER_FILES):
+    if not any((checkpoint.body / name).exists() for name in _TOKENIZER_FILES):
         msg = (
-            f"{checkpoint.name!r} has no tokenizer: {checkpoint.folder} has none of "
+            f"{checkpoint.name!r} has no tokenizer: {checkpoint.body} has none of "
             f"{', '.join(_TOKENIZER_FILES)}. Save it there with tokenizer.save_pretrained(folder)."
         )
         raise CheckpointError(msg)
     try:
-        loaded = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    except Exception as exc:
-        msg = (
-            f"The tokenizer of {checkpoint.name!r} in {checkpoint.folder} can't be read "
-            f"({_first_line(exc)}): its files are damaged or incomplete; fetch them again."
+        loaded = AutoTokenizer.from_pretrained(
+            checkpoint.body, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        raise CheckpointError(msg) from exc
+    except Exception as exc:
+        raise _unreadable(checkpoint, "tokenizer", exc) from exc
     if not loaded.is_fast:
         msg = (
             f"{checkpoint.name!r} has no fast tokenizer: save one, a tokenizer.json, into "
-            f"{checkpoint.folder} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            f"{checkpoint.body} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
         raise CheckpointError(msg)
     return Tokenizer(loaded.backend_tokenizer, lower_case=checkpoint.lower_case)
@@ -378,45 +387,34 @@ def load_model(
     """
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification
-    from transformers.utils import logging as transformers_logging
 
-    weights = _weights(checkpoint.folder)
+    weights = _weights(checkpoint.body)
     if not weights:
         msg = (
-            f"{checkpoint.name!r} has no weights: {checkpoint.folder} has neither "
+            f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
             "model.safetensors nor pytorch_model.bin; fetch it again."
         )
         raise CheckpointError(msg)
     loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
-    bars: Any = transformers_logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
     try:
-        model, report = loader.from_pretrained(
-            checkpoint.folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=weights[0].suffix == ".safetensors",
-            output_loading_info=True,
-        )
+        with without_bars():
+            model, report = loader.from_pretrained(
+                checkpoint.body,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=weights[0].suffix == ".safetensors",
+                output_loading_info=True,
+            )
     except Exception as exc:
-        msg = (
-            f"The weights of {checkpoint.name!r} in {checkpoint.folder} can't be loaded "
-            f"({_first_line(exc)}): the files are damaged, or config.json describes another "
-            "model; fetch it again."
-        )
-        raise CheckpointError(msg) from exc
-    finally:
-        if shown:
-            bars.enable_progress_bar()
+        raise _unreadable(checkpoint, "weights", exc) from exc
     # A pooler is extra on an encoder; anything else that is missing would be random numbers.
     missing = sorted(
         name for name in report["missing_keys"] if kind == "reranker" or "pooler." not in name
     )
     if missing:
         msg = (
-            f"The weights of {checkpoint.name!r} in {checkpoint.folder} lack {len(missing)} of "
+            f"The weights of {checkpoint.name!r} in {checkpoint.body} lack {len(missing)} of "
             f"the model's tensors, {missing[0]!r} first: computing with random ones in their "
             "place would give noise. Fetch the checkpoint again."
         )
@@ -426,6 +424,37 @@ def load_model(
     return model  # type: ignore[no-any-return]
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar while it loads weights."""
+    from transformers.utils import logging as transformers_logging
+
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> CheckpointError:
+    if "trust_remote_code" in str(error):
+        msg = (
+            f"{checkpoint.name!r} carries Python code of its own for its {what}, which was not "
+            "run: it could do anything that you can. If you have read it and trust it, pass "
+            "trust_remote_code=True."
+        )
+    else:
+        msg = (
+            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be read "
+            f"({_first_line(error)}): the files are damaged or incomplete, or config.json "
+            "describes another model; fetch the checkpoint again."
+        )
+    return CheckpointError(msg)
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
 
 
@@ -433,66 +462,121 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
-def _labels(config: Mapping[str, Any]) -> int:
-    architectures = config.get("architectures") or []
+class _File:
+    """A JSON file's mapping, empty where there is no file.
+
+    Raises:
+        CheckpointError: The file is no JSON, or a value in it is not of the type that is needed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        value = _json(path) if path.is_file() else {}
+        if not isinstance(value, dict):
+            self.refuse(f"a mapping was expected, it has a {type(value).__name__}")
+        self.values: dict[str, Any] = value
+
+    def whole(self, key: str, default: int) -> int:
+        """Give a whole number, or the default where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        # Some tokenizers write a float of 1e30 for "no limit".
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.refuse(f"{key} must be a number, it is {value!r:.60}")
+        return int(value)
+
+    def refuse(self, why: str) -> NoReturn:
+        """Say what is wrong with the file."""
+        msg = f"{self.path} is damaged ({why}): fetch the checkpoint again."
+        raise CheckpointError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """An entry of modules.json.
+
+    Attributes:
+        kind: The class's name, without its package.
+        path: Its folder inside the checkpoint.
+    """
+
+    kind: str
+    path: str
+
+
+def _labels(config: _File) -> int:
+    architectures = config.values.get("architectures") or []
+    if not isinstance(architectures, list):
+        config.refuse(f"architectures must be a list, it is {architectures!r:.60}")
     if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
         return 0
     # transformers' default is two labels, and id2label is how config.json says otherwise.
-    return len(config.get("id2label") or {}) or int(config.get("num_labels", 2))
+    labels = config.values.get("id2label")
+    return len(labels) if isinstance(labels, dict) and labels else config.whole("num_labels", 2)
 
 
-def _modules(folder: Path) -> tuple[list[str] | None, str]:
-    """Give the kinds of the modules in order, None without modules.json; and the first's path."""
-    listed = _json(folder / "modules.json")
-    if listed is None:
-        return None, ""
-    if not isinstance(listed, list) or not listed:
-        msg = f"{folder / 'modules.json'} lists no modules: fetch the checkpoint again."
+def _modules(folder: Path) -> list[_Module] | None:
+    """Read modules.json; None where there is none."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return None
+    listed = _json(path)
+    if not isinstance(listed, list) or not listed or not all(map(_is_module, listed)):
+        msg = f"{path} is damaged (a list of modules was expected): fetch the checkpoint again."
         raise CheckpointError(msg)
-    kinds, first = [], ""
-    for index, module in enumerate(listed):
-        path = str(module.get("path", ""))
-        inside = PurePosixPath(path.replace("\\", "/"))
-        if inside.is_absolute() or ".." in inside.parts or re.match(r"[A-Za-z]:", path):
+    modules = [
+        _Module(module["type"].rpartition(".")[2], module.get("path", "")) for module in listed
+    ]
+    for module in modules:
+        inside = PurePosixPath(module.path.replace("\\", "/"))
+        if inside.is_absolute() or ".." in inside.parts or re.match(r"[A-Za-z]:", module.path):
             msg = (
-                f"{folder / 'modules.json'} names the path {path!r}, which leaves the "
-                "checkpoint's folder: such a checkpoint is refused."
+                f"{path} names the path {module.path!r}, which leaves the checkpoint's folder: "
+                "such a checkpoint is refused."
             )
             raise CheckpointError(msg)
-        name = str(module.get("type", "")).rpartition(".")[2]
-        kinds.append(_MODULES.get(name, name))
-        if index == 0:
-            first = path
-    return kinds, first
+    return modules
 
 
-def _pooling(folder: Path, modules: list[str] | None) -> str | None:
-    if modules is None or "pooling" not in modules:
+def _is_module(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("type"), str)
+        and isinstance(entry.get("path", ""), str)
+    )
+
+
+def _pooling(folder: Path, modules: list[_Module] | None) -> str | None:
+    module = next((module for module in modules or () if module.kind == "Pooling"), None)
+    if module is None:
         return None
-    listed = _json(folder / "modules.json") or []
-    config = _mapping(folder / listed[modules.index("pooling")].get("path", "") / "config.json")
-    mode = config.get("pooling_mode")
-    modes = [mode] if isinstance(mode, str) else list(mode or [])
-    modes = modes or [name for key, name in _POOLING_KEYS.items() if config.get(key)]
+    config = _File(folder / module.path / "config.json")
+    mode = config.values.get("pooling_mode")
+    modes = mode if isinstance(mode, list) else [mode] if mode else []
+    modes = modes or [name for key, name in _POOLING_KEYS.items() if config.values.get(key)]
     if not modes:
-        msg = f"The pooling config of {folder} names no pooling mode: fetch the checkpoint again."
-        raise CheckpointError(msg)
+        config.refuse("it names no pooling mode")
     return "+".join("last" if name == "lasttoken" else str(name) for name in modes)
 
 
+def _prompts(config: _File) -> dict[str, str]:
+    prompts = config.values.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        config.refuse(f"prompts must be a mapping, it is {prompts!r:.60}")
+    given = {name: text for name, text in prompts.items() if text is not None}
+    for name, text in given.items():
+        if not isinstance(text, str):
+            config.refuse(f"the prompt {name!r} must be a string, it is {text!r:.60}")
+    return given
+
+
 def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as exc:
         msg = f"{path} is damaged ({_first_line(exc)}): fetch the checkpoint again."
         raise CheckpointError(msg) from exc
-
-
-def _mapping(path: Path) -> Mapping[str, Any]:
-    value = _json(path)
-    return value if isinstance(value, dict) else {}
 
 
 def _first_line(exc: BaseException) -> str:

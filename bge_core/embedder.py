@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -12,7 +13,7 @@ import numpy as np
 
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError
-from bge_core.local_model import LocalModel, not_finite, progress_bar
+from bge_core.local_model import LocalModel, not_finite
 from bge_core.placement import Placement
 from bge_core.profiles import Profile, TaskInstruction, find_profile
 from bge_core.tokens import check_text, check_texts
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from bge_core.engine import Rows
     from bge_core.tokens import Tokenizer, Tokens
 
 __all__ = ["Embedder"]
@@ -55,6 +55,8 @@ class Embedder(LocalModel[str]):
             checkpoint's own limit.
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
+            `[openvino]`; or `"auto"`, OpenVINO for queries and torch for bulk where both are.
         cache_folder: The hub's cache; None for the usual one.
         revision: Branch, tag or commit on the hub.
         local_files_only: Never go to the network.
@@ -89,6 +91,7 @@ class Embedder(LocalModel[str]):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         on_truncation: str = "warn",
+        backend: str = "torch",
         cache_folder: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -103,7 +106,7 @@ class Embedder(LocalModel[str]):
         self._instruction = query_instruction
         self._task = task
         self._normalize = normalize
-        self._resolved: tuple[str, str] | None = None
+        self._resolved: tuple[str | None, str] | None = None
         super().__init__(
             kind="embedder",
             source=Source.of(
@@ -119,6 +122,7 @@ class Embedder(LocalModel[str]):
             max_length=max_length,
             batch_tokens=batch_tokens,
             on_truncation=on_truncation,
+            backend=backend,
         )
         if task is not None:
             self._task_instruction(self._profile())
@@ -126,13 +130,17 @@ class Embedder(LocalModel[str]):
     @property
     def query_instruction(self) -> str:
         """What is put in front of a query; `""` for nothing."""
-        return self._instructions()[0]
+        instruction = self._instructions()[0]
+        if instruction is None:
+            _warn_of_no_instruction(self.model)
+        return instruction or ""
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        if self.checkpoint.plain:
-            return self.checkpoint.hidden_size
+        found = self.checkpoint
+        if found.plain and (self._pooling or found.pooling) in _POOLINGS:
+            return found.hidden_size
         return int(self.embed_documents([""]).shape[1])
 
     @property
@@ -150,7 +158,8 @@ class Embedder(LocalModel[str]):
             self._normalize,
             self.max_length,
             dtype,
-            *self._instructions(),
+            self._instructions()[0] or "",
+            self._instructions()[1],
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -170,14 +179,17 @@ class Embedder(LocalModel[str]):
             InputTypeError: `texts` is no list of str.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        distinct, places = _distinct(self._queries(texts))
-        return self._vectors(self._compute(distinct, self._encode, lane="query"), places)
+        return self._vectors(self._compute(self._queries(texts), lane="query"))
 
     async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
         """Embed queries without blocking the event loop; see `embed_queries`."""
-        distinct, places = _distinct(self._queries(texts))
-        rows = await self._acompute(distinct, self._encode, lane="query")
-        return self._vectors(rows, places)
+        if self._resolved is None:
+            # A hub id may be downloaded to learn its instruction.
+            queries = await asyncio.to_thread(self._queries, texts)
+        else:
+            queries = self._queries(texts)
+        rows = await self._acompute(queries, lane="query")
+        return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
 
     def embed_documents(
         self, texts: Iterable[str], *, show_progress: bool = False
@@ -198,19 +210,16 @@ class Embedder(LocalModel[str]):
             InputTypeError: `texts` is no list of str.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        distinct, places = _distinct(self._documents(texts))
-        with progress_bar(len(distinct), show=show_progress) as update:
-            rows = self._compute(distinct, self._encode, lane="bulk", progress=update)
-        return self._vectors(rows, places)
+        documents = self._documents(texts)
+        return self._vectors(self._compute(documents, lane="bulk", show_progress=show_progress))
 
     async def aembed_documents(
         self, texts: Iterable[str], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Embed documents without blocking the event loop; see `embed_documents`."""
-        distinct, places = _distinct(self._documents(texts))
-        with progress_bar(len(distinct), show=show_progress) as update:
-            rows = await self._acompute(distinct, self._encode, lane="bulk", progress=update)
-        return self._vectors(rows, places)
+        documents = await asyncio.to_thread(self._documents, texts)
+        rows = await self._acompute(documents, lane="bulk", show_progress=show_progress)
+        return await asyncio.to_thread(self._vectors, rows)
 
     def _queries(self, texts: Iterable[str]) -> list[str]:
         before, after = self._query_frame()
@@ -229,8 +238,10 @@ class Embedder(LocalModel[str]):
         before, _, after = profile.query_format.partition("{query}")
         return before.replace("{instruction}", instruction), after
 
-    def _encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[Tokens], int]:
-        return tokenizer.encode(texts, max_length=self.max_length)
+    def _encode(
+        self, tokenizer: Tokenizer, items: Sequence[str]
+    ) -> tuple[list[Tokens], list[bool]]:
+        return tokenizer.encode(items, max_length=self.max_length)
 
     def _profile(self) -> Profile | None:
         # A published hub id is known without looking at its files.
@@ -250,44 +261,44 @@ class Embedder(LocalModel[str]):
             raise ArgumentError(msg)
         return tasks[self._task]
 
-    def _instructions(self) -> tuple[str, str]:
-        """Give the query's and the document's instruction."""
+    def _instructions(self) -> tuple[str | None, str]:
+        """Give the query's instruction, None where nothing says one, and the document's."""
         if self._resolved is None:
             profile = self._profile()
             task = self._task_instruction(profile)
+            query: str | None
             if task is not None:
                 query, document = task.query, task.document
             elif profile is not None:
                 query, document = profile.query_instruction, ""
             else:
                 prompts = self.checkpoint.prompts
-                query = prompts.get("query", "")
+                query = prompts.get("query")
                 document = prompts.get("document") or prompts.get("passage") or ""
-                if "query" not in prompts and self._instruction is None:
-                    logger.warning(
-                        "%r is no published BGE checkpoint and carries no query prompt: queries "
-                        "get no instruction. Pass query_instruction='...' if it was trained with "
-                        "one, or query_instruction='' if not.",
-                        self.model,
-                    )
             self._resolved = (query if self._instruction is None else self._instruction, document)
         return self._resolved
 
-    def _vectors(self, rows: Rows, places: list[int]) -> NDArray[np.float32]:
-        if not rows:
+    def _vectors(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        if rows is None:
             return np.empty((0, self.dimension), dtype=np.float32)
-        vectors = np.stack(rows)[places].astype(np.float32, copy=False)
-        finite = np.isfinite(vectors).all(axis=1)
+        finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             raise not_finite(self.model, f"texts[{int(finite.argmin())}]")
         if self._normalize:
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-        return vectors
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
+        return rows
 
 
-def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Give the distinct texts, and for each text its place among them."""
-    index: dict[str, int] = {}
-    places = [index.setdefault(text, len(index)) for text in texts]
-    return list(index), places
+def _warn_of_no_instruction(model: str) -> None:
+    if model not in _said:
+        _said.add(model)
+        logger.warning(
+            "%r is no published BGE checkpoint and carries no query prompt: queries get no "
+            "instruction. Pass query_instruction='...' if it was trained with one, or "
+            "query_instruction='' if not.",
+            model,
+        )
+
+
+_said: set[str] = set()

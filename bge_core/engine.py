@@ -11,9 +11,10 @@ import atexit
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 Lane = Literal["query", "bulk"]
 Rows = list[Any]
 
-_EXIT_SECONDS = 5.0
+# Computing threads that outlive the interpreter crash it; a pack takes less than this.
+_EXIT_SECONDS = 4.0
 
 
 class _Job:
@@ -97,10 +99,10 @@ _Entry = tuple[_Job, int, "Tokens"]
 class _Workers:
     """What the worker threads share; it must not refer to the engine, so that that can die."""
 
-    def __init__(self, runners: Sequence[Runner], name: str) -> None:
-        self.runners = list(runners)
+    def __init__(self, runners: Mapping[Lane, Sequence[Runner]], name: str) -> None:
+        self.runners = dict(runners)
         self.name = name
-        self.ceilings = [1 << 60] * len(runners)
+        self.ceilings = [1 << 60] * max(len(lane) for lane in runners.values())
         self.closed = False
         self.forked = False
         self._start_over()
@@ -122,7 +124,7 @@ class _Workers:
             self.ready.notify_all()
 
     def _start(self, lane: Lane) -> None:
-        for index in range(len(self.runners)):
+        for index in range(len(self.runners[lane])):
             thread = threading.Thread(
                 target=self._work, args=(lane, index), name=f"bge-{lane}-{index}", daemon=True
             )
@@ -130,7 +132,7 @@ class _Workers:
             thread.start()
 
     def _work(self, lane: Lane, index: int) -> None:
-        runner = self.runners[index]
+        runner = self.runners[lane][index]
         if self.forked:
             # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
             torch.set_num_threads(1)
@@ -217,17 +219,16 @@ class _Workers:
             dropped = [job for jobs in self.waiting.values() for job in jobs]
             for jobs in self.waiting.values():
                 jobs.clear()
-            self.runners = []
+            self.runners = {}
             self.ready.notify_all()
         msg = f"The model {self.name!r} was closed before this work was done."
         for job in dropped:
             job.fail(ClosedError(msg))
 
-    def join(self, seconds: float) -> None:
-        for threads in self.threads.values():
-            for thread in threads:
-                if thread is not threading.current_thread():
-                    thread.join(seconds)
+    def join(self, deadline: float) -> None:
+        """Wait for the packs that are being computed, until a time of `time.monotonic()`."""
+        for thread in (thread for lane in self.threads.values() for thread in lane):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def after_fork(self) -> None:
         """Start over in a forked child: its parent's threads are not here."""
@@ -239,12 +240,14 @@ class Engine:
     """One model on one or more devices, with its tokenizer.
 
     Args:
-        runners: One a device.
+        runners: One a device, for each lane; both lanes may have the same.
         tokenizer: The checkpoint's tokenizer.
         name: The model's name, for messages.
     """
 
-    def __init__(self, runners: Sequence[Runner], tokenizer: Tokenizer, *, name: str) -> None:
+    def __init__(
+        self, runners: Mapping[Lane, Sequence[Runner]], tokenizer: Tokenizer, *, name: str
+    ) -> None:
         self.tokenizer = tokenizer
         self._workers = _Workers(runners, name)
         # The last owner's close, or garbage collection, stops the workers and frees the weights.
@@ -304,8 +307,9 @@ def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
 def _at_exit() -> None:
     for workers in list(_live):
         workers.close()
+    deadline = time.monotonic() + _EXIT_SECONDS
     for workers in list(_live):
-        workers.join(_EXIT_SECONDS)
+        workers.join(deadline)
 
 
 def _in_child() -> None:

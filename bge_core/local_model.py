@@ -6,12 +6,17 @@ import asyncio
 import logging
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from importlib.util import find_spec
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import numpy as np
 
 from bge_core.checkpoint import Checkpoint, Kind, Source, check_kind, check_profile, locate, read
 from bge_core.errors import ArgumentError, ClosedError, ComputationError, InputTypeError
@@ -20,7 +25,10 @@ from bge_core.profiles import find_profile
 from bge_core.tokens import OnTruncation, Tokens, check_on_truncation, report_truncation
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from bge_core.engine import Engine, Lane, Rows
+    from bge_core.runner import Runner
     from bge_core.tokens import Tokenizer
 
 __all__ = ["LocalModel", "not_finite", "progress_bar"]
@@ -30,8 +38,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item", str, tuple[str, str])
 """What is tokenised to one sequence: a text, or a (query, passage) pair."""
 
-Encode = Callable[["Tokenizer", Sequence[Item]], tuple[list[Tokens], int]]
-
 # Tokenised ahead of the workers: enough to sort by length, little enough for a flat memory.
 _SLICE = 512
 _SLICES_AHEAD = 2
@@ -39,7 +45,7 @@ _SLICES_AHEAD = 2
 _INLINE_CHARACTERS = 4096
 
 
-class LocalModel(Generic[Item]):
+class LocalModel(ABC, Generic[Item]):
     """A checkpoint that runs on this machine.
 
     Its arguments are checked at once, and a local folder's JSON files are read; the weights load
@@ -54,6 +60,7 @@ class LocalModel(Generic[Item]):
         max_length: Tokens that are read of a text; None for the checkpoint's own.
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: What happens when a text is longer.
+        backend: What executes the model: `"torch"`, `"openvino"` or `"auto"`.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -71,6 +78,7 @@ class LocalModel(Generic[Item]):
         max_length: int | None,
         batch_tokens: int | None,
         on_truncation: str,
+        backend: str,
     ) -> None:
         self._kind = kind
         self._source = source
@@ -79,6 +87,7 @@ class LocalModel(Generic[Item]):
         self._max_length = _positive("max_length", max_length)
         self._batch_tokens = _positive("batch_tokens", batch_tokens)
         self._on_truncation: OnTruncation = check_on_truncation(on_truncation)
+        self._backend = _checked_backend(backend, placement)
         self._start()
         if source.is_local:
             _ = self.checkpoint  # reading it is the check
@@ -177,39 +186,59 @@ class LocalModel(Generic[Item]):
 
     def _load(self) -> Engine:
         found = self.checkpoint  # before the heavy imports: it may not be there at all
+        from bge_core.engine import shared_engine
+
+        if self._backend == "openvino":
+            devices, dtype = self._placement.devices or ("cpu",), "float32"
+        else:
+            devices, dtype = self._placement.resolve()
+        key = (
+            self._kind,
+            found.folder.resolve(),
+            self._pooling or found.pooling,
+            devices,
+            dtype,
+            self._backend,
+            self._source.trust_remote_code,
+        )
+        return shared_engine(key, lambda: self._new_engine(found, devices, dtype))
+
+    def _new_engine(self, found: Checkpoint, devices: Sequence[str], dtype: str) -> Engine:
         from bge_core.checkpoint import load_tokenizer
-        from bge_core.engine import Engine, shared_engine
+        from bge_core.engine import Engine
         from bge_core.runner import load_runner
 
-        devices, dtype = self._placement.resolve()
+        logger.info("Loading %r on %s in %s.", found.name, ", ".join(devices), dtype)
         pooling = self._pooling or found.pooling
-        source = self._source
+        trust = self._source.trust_remote_code
+        tokenizer = load_tokenizer(found, trust_remote_code=trust)
+        runners: dict[Lane, Sequence[Runner]] = {}
+        backend = self._backend
+        if backend != "torch" and _on_cpu(devices) and self._has_openvino():
+            from bge_core.openvino_runner import load_openvino_runner
 
-        def load() -> Engine:
-            logger.info("Loading %r on %s in %s.", found.name, ", ".join(devices), dtype)
-            tokenizer = load_tokenizer(found)
-            runners = [
+            fast = load_openvino_runner(
+                found, kind=self._kind, pooling=pooling, trust_remote_code=trust
+            )
+            runners = {"query": [fast] * len(devices), "bulk": [fast] * len(devices)}
+        if backend != "openvino":
+            loaded = [
                 load_runner(
                     found,
                     kind=self._kind,
                     pooling=pooling,
                     device=device,
                     dtype=dtype,
-                    trust_remote_code=source.trust_remote_code,
+                    trust_remote_code=trust,
                 )
                 for device in devices
             ]
-            return Engine(runners, tokenizer, name=found.name)
+            # Bulk is level between the two, and packs need no padding.
+            runners = {"query": runners.get("query", loaded), "bulk": loaded}
+        return Engine(runners, tokenizer, name=found.name)
 
-        key = (
-            self._kind,
-            found.folder.resolve(),
-            pooling,
-            devices,
-            dtype,
-            source.trust_remote_code,
-        )
-        return shared_engine(key, load)
+    def _has_openvino(self) -> bool:
+        return self._backend == "openvino" or find_spec("openvino") is not None
 
     def _check_room(self, tokenizer: Tokenizer) -> None:
         extra = tokenizer.single_extra if self._kind == "embedder" else tokenizer.pair_extra
@@ -220,98 +249,88 @@ class LocalModel(Generic[Item]):
             )
             raise ArgumentError(msg)
 
+    @abstractmethod
+    def _encode(
+        self, tokenizer: Tokenizer, items: Sequence[Item]
+    ) -> tuple[list[Tokens], list[bool]]:
+        """Tokenise items; says of each whether it was cut."""
+
     def _compute(
-        self,
-        items: Sequence[Item],
-        encode: Encode[Item],
-        *,
-        lane: Lane,
-        progress: Callable[[int], None] | None = None,
-    ) -> Rows:
-        """Tokenise and compute, a few slices ahead of the workers."""
+        self, items: Sequence[Item], *, lane: Lane, show_progress: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Tokenise and compute, a few slices ahead of the workers.
+
+        Args:
+            items: Texts or pairs; equal ones are computed once.
+            lane: The engine's lane.
+            show_progress: Show a progress bar.
+
+        Returns:
+            A row an item, [n, width]; None for no items, which need no model.
+        """
         self._check_open()
         if not items:
-            return []
+            return None
+        call = _Call(items)
         engine = self._loaded()
-        rows: Rows = []
         ahead: deque[Future[Rows]] = deque()
-        cut = 0
-        encoded = self._encoded_first(engine, items, encode)
-        try:
-            for start in range(0, len(items), _SLICE):
-                if encoded is not None:
-                    sequences = encoded[start : start + _SLICE]
-                else:
-                    sequences, longer = encode(engine.tokenizer, items[start : start + _SLICE])
-                    cut += longer
-                ahead.append(self._submit(engine, sequences, lane, progress))
-                if len(ahead) > _SLICES_AHEAD:
-                    rows += self._wait(ahead.popleft())
-            while ahead:
-                rows += self._wait(ahead[0])
-                ahead.popleft()
-        finally:
-            for future in ahead:
-                future.cancel()
-        self._report(cut, len(items))
-        return rows
+        with progress_bar(len(call.items), show=show_progress) as progress:
+            try:
+                for sequences in self._slices(engine.tokenizer, call):
+                    ahead.append(self._submit(engine, sequences, lane, progress))
+                    if len(ahead) > _SLICES_AHEAD:
+                        call.rows += self._wait(ahead.popleft())
+                while ahead:
+                    call.rows += self._wait(ahead.popleft())
+            finally:
+                for future in ahead:
+                    future.cancel()
+        self._report(call)
+        return call.outcome()
 
     async def _acompute(
-        self,
-        items: Sequence[Item],
-        encode: Encode[Item],
-        *,
-        lane: Lane,
-        progress: Callable[[int], None] | None = None,
-    ) -> Rows:
+        self, items: Sequence[Item], *, lane: Lane, show_progress: bool = False
+    ) -> NDArray[np.float32] | None:
         """Do the same on an event loop, without ever blocking it."""
         self._check_open()
         if not items:
-            return []
-        engine = self._engine if self._engine is not None else await asyncio.to_thread(self._loaded)
-        rows: Rows = []
-        ahead: deque[Future[Rows]] = deque()
-        cut = 0
-        encoded = None
-        if self._on_truncation == "error":
-            encoded = await asyncio.to_thread(self._encoded_first, engine, items, encode)
-        try:
-            for start in range(0, len(items), _SLICE):
-                part = items[start : start + _SLICE]
-                if encoded is not None:
-                    sequences = encoded[start : start + _SLICE]
-                elif _characters(part) <= _INLINE_CHARACTERS:
-                    sequences, longer = encode(engine.tokenizer, part)
-                    cut += longer
-                else:
-                    sequences, longer = await asyncio.to_thread(encode, engine.tokenizer, part)
-                    cut += longer
-                ahead.append(self._submit(engine, sequences, lane, progress))
-                if len(ahead) > _SLICES_AHEAD:
-                    rows += await self._await(ahead.popleft())
-            while ahead:
-                rows += await self._await(ahead[0])
-                ahead.popleft()
-        finally:
-            for future in ahead:
-                future.cancel()
-        self._report(cut, len(items))
-        return rows
-
-    def _encoded_first(
-        self, engine: Engine, items: Sequence[Item], encode: Encode[Item]
-    ) -> list[Tokens] | None:
-        """Tokenise everything before any model work, if a text that is too long is an error."""
-        if self._on_truncation != "error":
             return None
-        sequences, cut = encode(engine.tokenizer, items)
-        self._report(cut, len(items))
-        return sequences
+        # A short query is tokenised in less time than a thread takes to be woken.
+        small = _characters(items) <= _INLINE_CHARACTERS
+        call = _Call(items) if small else await asyncio.to_thread(_Call, items)
+        engine = self._engine if self._engine is not None else await asyncio.to_thread(self._loaded)
+        slices = self._slices(engine.tokenizer, call)
+        ahead: deque[Future[Rows]] = deque()
+        with progress_bar(len(call.items), show=show_progress) as progress:
+            try:
+                while sequences := (
+                    next(slices, None) if small else await asyncio.to_thread(next, slices, None)
+                ):
+                    ahead.append(self._submit(engine, sequences, lane, progress))
+                    if len(ahead) > _SLICES_AHEAD:
+                        call.rows += await self._await(ahead.popleft())
+                while ahead:
+                    call.rows += await self._await(ahead.popleft())
+            finally:
+                for future in ahead:
+                    future.cancel()
+        self._report(call)
+        return call.outcome() if small else await asyncio.to_thread(call.outcome)
 
-    def _report(self, cut: int, total: int) -> None:
+    def _slices(self, tokenizer: Tokenizer, call: _Call[Item]) -> Iterator[list[Tokens]]:
+        """Tokenise slice by slice; all at once where a text that is too long is an error."""
+        size = len(call.items) if self._on_truncation == "error" else _SLICE
+        for start in range(0, len(call.items), size):
+            sequences, cut = self._encode(tokenizer, call.items[start : start + size])
+            call.cut += cut
+            if self._on_truncation == "error":
+                self._report(call)
+            yield sequences
+
+    def _report(self, call: _Call[Item]) -> None:
         report_truncation(
-            cut=cut,
-            total=total,
+            cut=sum(call.cut[place] for place in call.places),
+            total=len(call.places),
             max_length=self.max_length,
             policy=self._on_truncation,
             model=self.model,
@@ -344,7 +363,8 @@ class LocalModel(Generic[Item]):
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError as exc:
-            if not self._closed:
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
                 raise
             raise self._closed_meanwhile() from exc
 
@@ -353,16 +373,36 @@ class LocalModel(Generic[Item]):
         return ClosedError(msg)
 
 
+class _Call(Generic[Item]):
+    """One call's items, each distinct one once, and what has come of them.
+
+    Args:
+        items: All items, in order.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        index: dict[Item, int] = {}
+        self.places = [index.setdefault(item, len(index)) for item in items]
+        self.items: list[Item] = list(index)
+        self.cut: list[bool] = []
+        self.rows: Rows = []
+
+    def outcome(self) -> NDArray[np.float32]:
+        """Give a row for each of all items, in order."""
+        rows: NDArray[np.float32] = np.stack(self.rows)[self.places]
+        return rows
+
+
 def _positive(name: str, value: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         msg = f"{name} must be a whole number of tokens or None, got {value!r}."
         raise InputTypeError(msg)
     if value < 1:
         msg = f"{name} must be 1 or more, got {value}."
         raise ArgumentError(msg)
-    return value
+    return int(value)
 
 
 def _characters(items: Sequence[Any]) -> int:
@@ -392,3 +432,26 @@ def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None] | 
             bar.update(count)
 
         yield move
+
+
+def _checked_backend(backend: str, placement: Placement) -> str:
+    if backend not in ("torch", "openvino", "auto"):
+        msg = f"backend={backend!r} is not served: use 'torch', 'openvino' or 'auto'."
+        raise ArgumentError(msg)
+    if backend == "openvino" and not _on_cpu(placement.devices):
+        msg = (
+            f"backend='openvino' runs on the CPU, not on device={list(placement.devices)}: "
+            "pass device='cpu', or backend='torch'."
+        )
+        raise ArgumentError(msg)
+    if backend == "openvino" and placement.dtype not in ("auto", "float32"):
+        msg = (
+            f"backend='openvino' computes in float32, not in dtype={placement.dtype!r}: leave "
+            "dtype out, or pass backend='torch'."
+        )
+        raise ArgumentError(msg)
+    return backend
+
+
+def _on_cpu(devices: Sequence[str]) -> bool:
+    return all(device.partition(":")[0] == "cpu" for device in devices)

@@ -7,7 +7,7 @@ the keyword `pack` through the model's `forward` to the function below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any
@@ -60,12 +60,13 @@ class Pack:
     Attributes:
         sequences: The sequences, equal lengths side by side.
         device: Where its tensors are made.
-        first_position: Position of a sequence's first token.
+        padding_position: Where positions are counted from in the families of RoBERTa: the
+            padding token's id. None where they start at 0.
     """
 
     sequences: Sequence[Tokens]
     device: torch.device
-    first_position: int = 0
+    padding_position: int | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -89,13 +90,24 @@ class Pack:
             chain(bytes(sequence.second), b"\1" * (len(sequence) - sequence.second))
             for sequence in self.sequences
         )
-        first = self.first_position
-        positions = chain.from_iterable(range(first, first + n) for n in self.lengths)
+        positions = chain.from_iterable(self._positions(sequence) for sequence in self.sequences)
         return {
             "input_ids": self._tensor(ids)[None],
             "position_ids": self._tensor(list(positions))[None],
             "token_type_ids": self._tensor(list(types))[None],
         }
+
+    def _positions(self, sequence: Tokens) -> Iterable[int]:
+        pad = self.padding_position
+        if pad is None:
+            return range(len(sequence))
+        if pad not in sequence.ids:
+            return range(pad + 1, pad + 1 + len(sequence))
+        # A text that spells the padding token out: it is not counted, as in the models' own code.
+        counted = accumulate(int(token != pad) for token in sequence.ids)
+        return (
+            pad + count * (token != pad) for token, count in zip(sequence.ids, counted, strict=True)
+        )
 
     def first_rows(self) -> Tensor:
         """Give the row of each sequence's first token, [n] int64."""

