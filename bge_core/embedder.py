@@ -151,13 +151,12 @@ class Embedder(LocalModel[str]):
         the device, the folder's place and batch sizes don't. For the namespaces of caches.
         """
         found = self.checkpoint
-        _, dtype = self._placement.resolve()
         parts = (
-            found.digest(),
+            self._content(),
             self._pooling or found.pooling,
             self._normalize,
             self.max_length,
-            dtype,
+            self.dtype,
             self._instructions()[0] or "",
             self._instructions()[1],
         )

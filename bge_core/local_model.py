@@ -99,6 +99,7 @@ class LocalModel(ABC, Generic[Item]):
         self._closed = False
         self._lock = threading.RLock()
         self._checkpoint: Checkpoint | None = None
+        self._digest: str | None = None
         self._engine: Engine | None = None
         self._in_flight: weakref.WeakSet[Future[Rows]] = weakref.WeakSet()
 
@@ -127,6 +128,11 @@ class LocalModel(ABC, Generic[Item]):
         """Tokens that are read of a text, special ones included."""
         return self._max_length or self.checkpoint.default_length
 
+    @property
+    def dtype(self) -> str:
+        """The number format that computes on this machine: float32, float16 or bfloat16."""
+        return self._placed()[1]
+
     def close(self) -> None:
         """Let go of the model; the weights are freed when nobody else holds them.
 
@@ -154,7 +160,7 @@ class LocalModel(ABC, Generic[Item]):
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration, without weights, locks or work in flight."""
         state = self.__dict__.copy()
-        for name in ("_lock", "_engine", "_in_flight", "_checkpoint", "_closed"):
+        for name in ("_lock", "_engine", "_in_flight", "_checkpoint", "_digest", "_closed"):
             del state[name]
         return state
 
@@ -170,6 +176,18 @@ class LocalModel(ABC, Generic[Item]):
                 f"{self.model!r} can take: pass {most} or less, or None."
             )
             raise ArgumentError(msg)
+
+    def _placed(self) -> tuple[Sequence[str], str]:
+        if self._backend == "openvino":
+            return self._placement.devices or ("cpu",), "float32"
+        return self._placement.resolve()
+
+    def _content(self) -> str:
+        """Hash the checkpoint's files, once: what is loaded is what was hashed."""
+        with self._lock:
+            if self._digest is None:
+                self._digest = self.checkpoint.digest()
+            return self._digest
 
     def _check_open(self) -> None:
         if self._closed:
@@ -188,13 +206,12 @@ class LocalModel(ABC, Generic[Item]):
         found = self.checkpoint  # before the heavy imports: it may not be there at all
         from bge_core.engine import shared_engine
 
-        if self._backend == "openvino":
-            devices, dtype = self._placement.devices or ("cpu",), "float32"
-        else:
-            devices, dtype = self._placement.resolve()
+        devices, dtype = self._placed()
         key = (
             self._kind,
             found.folder.resolve(),
+            # A folder that was trained further is another model.
+            self._content(),
             self._pooling or found.pooling,
             devices,
             dtype,

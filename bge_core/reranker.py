@@ -107,8 +107,7 @@ class Reranker(LocalModel[Pair]):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
-        _, dtype = self._placement.resolve()
-        parts = (self.checkpoint.digest(), self._normalize, self.max_length, dtype)
+        parts = (self._content(), self._normalize, self.max_length, self.dtype)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def score(

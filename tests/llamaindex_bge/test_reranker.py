@@ -1,0 +1,237 @@
+"""`BGEReranker`: its numbers and its configuration. See also tests/contract."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.schema import (
+    Document,
+    ImageNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
+
+from bge_core import (
+    ArgumentError,
+    CheckpointError,
+    ClosedError,
+    InputTypeError,
+    Reranker,
+    TruncationError,
+)
+from llamaindex_bge import BGEReranker
+
+QUERY = "what is the capital of France?"
+TEXTS = ["A cat sat on the mat.", "Paris is the capital of France.", "大熊猫是中国特有的。"]
+
+
+def nodes_of(*texts: str) -> list[NodeWithScore]:
+    return [
+        NodeWithScore(node=TextNode(id_=str(index), text=text), score=0.5)
+        for index, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("fixture", ["reranker_folder", "bert_reranker_folder"])
+@pytest.mark.parametrize("normalize", [True, False])
+async def test_scores_are_those_of_transformers(
+    request: pytest.FixtureRequest, call: Any, reference_score: Any, fixture: str, normalize: bool
+):
+    folder = request.getfixturevalue(fixture)
+    model = BGEReranker(model=folder, normalize=normalize, top_n=None)
+    result = await call(model, "postprocess_nodes", nodes_of(*TEXTS), query_str=QUERY)
+    expected = reference_score(folder, [(QUERY, text) for text in TEXTS], normalize=normalize)
+    scores = {int(node.node_id): node.score for node in result}
+    np.testing.assert_allclose([scores[n] for n in range(3)], expected, rtol=0, atol=1e-5)
+    assert [int(node.node_id) for node in result] == np.argsort(-expected, kind="stable").tolist()
+
+
+async def test_what_is_scored_is_the_embed_text(reranker_folder: Path, call: Any):
+    node = TextNode(
+        text=TEXTS[0],
+        metadata={"title": "Felines", "page": 3},
+        excluded_embed_metadata_keys=["page"],
+    )
+    given = [NodeWithScore(node=node)]
+    core = Reranker(reranker_folder)
+    for mode, text in {
+        MetadataMode.EMBED: f"title: Felines\n\n{TEXTS[0]}",
+        MetadataMode.NONE: TEXTS[0],
+    }.items():
+        model = BGEReranker(model=reranker_folder, metadata_mode=mode)
+        (result,) = await call(model, "postprocess_nodes", given, query_str=QUERY)
+        assert result.score == pytest.approx(core.score(QUERY, [text])[0], abs=1e-6)
+
+
+async def test_all_nodes_are_one_batch(reranker_folder: Path, call: Any, monkeypatch: Any):
+    batches = []
+    real = Reranker._encode
+
+    def watched(self: Reranker, tokenizer: Any, pairs: Any) -> Any:
+        batches.append(list(pairs))
+        return real(self, tokenizer, pairs)
+
+    monkeypatch.setattr(Reranker, "_encode", watched)
+    model = BGEReranker(model=reranker_folder)
+    await call(model, "postprocess_nodes", nodes_of(*TEXTS, TEXTS[0]), query_str=QUERY)
+    assert batches == [[(QUERY, text) for text in TEXTS]]
+
+
+async def test_a_long_query_never_raises(reranker_folder: Path, call: Any, reference_score: Any):
+    model = BGEReranker(model=reranker_folder, max_length=32, on_truncation="ignore")
+    query = QUERY * 50
+    (result,) = await call(model, "postprocess_nodes", nodes_of(TEXTS[0]), query_str=query)
+    (expected,) = reference_score(
+        reranker_folder, [(query, TEXTS[0])], normalize=True, max_length=32
+    )
+    assert result.score == pytest.approx(expected, abs=1e-5)
+
+
+def test_truncation_is_said(reranker_folder: Path, caplog: Any):
+    model = BGEReranker(model=reranker_folder, max_length=20)
+    with caplog.at_level(logging.WARNING, logger="bge_core.tokens"):
+        model.postprocess_nodes(nodes_of(*TEXTS), query_str=QUERY)
+    assert len(caplog.records) == 1
+    strict = BGEReranker(model=reranker_folder, max_length=20, on_truncation="error")
+    with pytest.raises(TruncationError):
+        strict.postprocess_nodes(nodes_of(*TEXTS), query_str=QUERY)
+
+
+# Nodes of other kinds
+
+
+def test_nodes_without_text_are_noted_once(reranker_folder: Path, caplog: Any):
+    image = NodeWithScore(node=ImageNode(image_path="a.png"), score=0.7)
+    nodes = [image, *nodes_of("", TEXTS[0])]
+    with caplog.at_level(logging.WARNING, logger="llamaindex_bge.reranker"):
+        BGEReranker(model=reranker_folder).postprocess_nodes(nodes, query_str=QUERY)
+        BGEReranker(model=reranker_folder).postprocess_nodes(nodes[2:], query_str=QUERY)
+        strict = BGEReranker(model=reranker_folder, score_threshold=0.0)
+        strict.postprocess_nodes(nodes, query_str=QUERY)
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 nodes have no text to score (images, or empty): they come last.",
+        "2 of 3 nodes have no text to score (images, or empty): they can't reach score_threshold.",
+    ]
+
+
+def test_an_image_with_a_caption_is_scored(reranker_folder: Path):
+    image = NodeWithScore(node=ImageNode(text=TEXTS[1], image_path="a.png"))
+    both = [image, *nodes_of(TEXTS[1])]
+    result = BGEReranker(model=reranker_folder).postprocess_nodes(both, query_str=QUERY)
+    assert result[0].score == result[1].score
+    assert isinstance(result[0].node, ImageNode)
+
+
+def test_every_kind_of_node(reranker_folder: Path):
+    kinds = [
+        Document(text=TEXTS[0], id_="document"),
+        Node(text_resource=MediaResource(text=TEXTS[0]), id_="node"),
+        TextNode(text=TEXTS[0], id_="text"),
+        Node(image_resource=MediaResource(data=b"no picture"), id_="picture"),
+    ]
+    given = [NodeWithScore(node=node) for node in kinds]
+    model = BGEReranker(model=reranker_folder, top_n=None)
+    result = model.postprocess_nodes(given, query_str=QUERY)
+    assert [node.node_id for node in result] == ["document", "node", "text", "picture"]
+    assert [type(node.node) for node in result] == [Document, Node, TextNode, Node]
+    assert [node.score is None for node in result] == [False, False, False, True]
+
+
+def test_subclasses_of_node_with_score_are_kept(reranker_folder: Path):
+    class Hit(NodeWithScore):
+        shard: int = 0
+
+    given = [Hit(node=TextNode(text=TEXTS[0]), shard=7)]
+    (result,) = BGEReranker(model=reranker_folder).postprocess_nodes(given, query_str=QUERY)
+    assert isinstance(result, Hit)
+    assert result.shard == 7
+
+
+def test_scores_suit_the_hosts_own_cutoff(reranker_folder: Path):
+    model = BGEReranker(model=reranker_folder, top_n=None)
+    ranked = model.postprocess_nodes(nodes_of(*TEXTS, ""), query_str=QUERY)
+    cutoff = ranked[1].score
+    assert cutoff is not None
+    ours = BGEReranker(model=reranker_folder, top_n=None, score_threshold=cutoff)
+    kept = SimilarityPostprocessor(similarity_cutoff=cutoff).postprocess_nodes(ranked)
+    assert ours.postprocess_nodes(nodes_of(*TEXTS, ""), query_str=QUERY) == kept == ranked[:2]
+
+
+# Arguments
+
+
+async def test_wrong_calls_are_sentences(reranker_folder: Path, call: Any):
+    model = BGEReranker(model=reranker_folder)
+    with pytest.raises(ArgumentError, match=r"pass query_str='...' or query_bundle="):
+        await call(model, "postprocess_nodes", nodes_of(*TEXTS))
+    with pytest.raises(InputTypeError, match="pass a str as query_str"):
+        await call(model, "postprocess_nodes", nodes_of(*TEXTS), QUERY)
+    with pytest.raises(InputTypeError, match=r"nodes\[0\] must be a NodeWithScore, got TextNode"):
+        await call(model, "postprocess_nodes", [TextNode(text="a")], QueryBundle(QUERY))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"topn": 3}, "did you mean 'top_n'?"),
+        ({"model_name": "x"}, "write model='...'"),
+        ({"cross_encoder_kwargs": {}}, "max_length=..."),
+        ({"top_n": 0}, "top_n: input should be greater than or equal to 1, got 0"),
+        ({"top_n": 2.5}, "top_n: input should be a valid integer"),
+        ({"top_n": True}, "top_n: input should be a valid integer"),
+        ({"score_threshold": float("nan")}, "score_threshold: input should be a finite number"),
+        ({"metadata_mode": "some"}, "metadata_mode: input should be 'all', 'embed', 'llm'"),
+        ({"max_length": 513}, "max_length=513 is more than the 512"),
+    ],
+)
+def test_refusals_are_sentences(reranker_folder: Path, arguments: dict[str, Any], said: str):
+    with pytest.raises(ArgumentError) as refused:
+        BGEReranker(model=reranker_folder, **arguments)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_wrong_models_are_refused(en_folder: Path, two_label_folder: Path):
+    with pytest.raises(CheckpointError, match="embedding"):
+        BGEReranker(model=en_folder)
+    with pytest.raises(CheckpointError, match="2 labels"):
+        BGEReranker(model=two_label_folder)
+    with pytest.raises(CheckpointError, match="BGEEmbedding"):
+        BGEReranker(model="BAAI/bge-m3")
+
+
+def test_what_can_be_changed(reranker_folder: Path):
+    model = BGEReranker(model=reranker_folder)
+    model.top_n = 1
+    model.keep_retrieval_score = True
+    model.score_threshold = 0.0
+    (result,) = model.postprocess_nodes(nodes_of(*TEXTS), query_str=QUERY)
+    assert result.metadata == {"retrieval_score": 0.5}
+    with pytest.raises(ArgumentError, match="top_n: input should be greater"):
+        model.top_n = -1
+    with pytest.raises(ArgumentError, match="normalize of a BGEReranker can't be changed"):
+        model.normalize = False
+
+
+def test_defaults(reranker_folder: Path):
+    model = BGEReranker(model=reranker_folder)
+    assert (model.top_n, model.score_threshold, model.normalize) == (2, None, True)
+    assert (model.keep_retrieval_score, model.metadata_mode) == (False, MetadataMode.EMBED)
+    assert len(model.postprocess_nodes(nodes_of(*TEXTS), query_str=QUERY)) == 2
+
+
+def test_closed(reranker_folder: Path):
+    with BGEReranker(model=reranker_folder) as model:
+        model.postprocess_nodes(nodes_of("a"), query_str="b")
+    with pytest.raises(ClosedError):
+        model.postprocess_nodes(nodes_of("a"), query_str="b")
+    assert len(model.fingerprint) == 16
