@@ -6,6 +6,7 @@ heavy is imported; `load_tokenizer` and `load_model` import transformers.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bge_core.errors import CheckpointError, InputTypeError
-from bge_core.profiles import Profile, find_profile
+from bge_core.profiles import PROFILES, Profile, find_profile
 from bge_core.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["embedder", "reranker"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_DIGESTED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt")
+_DIGESTED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".py")
 _WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*.py")
 _PLAIN_MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLING_KEYS = {
@@ -106,6 +107,9 @@ class Source:
                 f"model={name!r} is no folder on this machine and no hub id: pass a folder with "
                 "config.json, or an id such as 'BAAI/bge-small-en-v1.5'."
             )
+            raise CheckpointError(msg)
+        elif "/" not in name and (profile := find_profile(name)):
+            msg = f"model={name!r} is no folder here and no hub id: did you mean {profile.id!r}?"
             raise CheckpointError(msg)
         return cls(
             model=name,
@@ -216,16 +220,19 @@ def locate(source: Source) -> Path:
         folder = fetch(_WANTED, local=source.local_files_only)
         if not _weights(folder):
             # Older checkpoints, bge-m3 among them, have no safetensors.
-            folder = fetch((*_WANTED, "pytorch_model*.bin"), local=source.local_files_only)
+            folder = fetch((*_WANTED, "*pytorch_model*.bin"), local=source.local_files_only)
     except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as exc:
         where = f"cache_folder={source.cache_folder!r}" if source.cache_folder else "the hub cache"
         if source.local_files_only:
             why = f"it is not in {where}, and local_files_only=True forbids a download"
         else:
             why = f"it is not in {where}, and the hub gave none ({_first_line(exc)})"
+        close = difflib.get_close_matches(source.model, PROFILES, n=1)
+        typo = close and close[0] != source.model
+        hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
         msg = (
-            f"model={source.model!r} can't be found: {why}. Check the spelling, the network and "
-            "the revision, or pass the path of a folder that has it."
+            f"model={source.model!r} can't be found: {why}. {hint} the network and the revision, "
+            "or pass the path of a folder that has it."
         )
         raise CheckpointError(msg) from exc
     return folder
@@ -374,7 +381,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
             f"{checkpoint.body} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
         raise CheckpointError(msg)
-    return Tokenizer(loaded.backend_tokenizer, lower_case=checkpoint.lower_case)
+    return Tokenizer(loaded.backend_tokenizer, pad=checkpoint.pad, lower_case=checkpoint.lower_case)
 
 
 def load_model(

@@ -56,7 +56,7 @@ class Embedder(LocalModel[str]):
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
-            `[openvino]`; or `"auto"`, OpenVINO for queries and torch for bulk where both are.
+            `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
         cache_folder: The hub's cache; None for the usual one.
         revision: Branch, tag or commit on the hub.
         local_files_only: Never go to the network.
@@ -148,7 +148,8 @@ class Embedder(LocalModel[str]):
         """16 hexadecimal digits that change with anything that changes the vectors.
 
         The weights, the tokenizer, instructions, pooling, normalisation, length and dtype count;
-        the device, the folder's place and batch sizes don't. For the namespaces of caches.
+        the folder's place and batch sizes don't, the device only through its dtype. For the
+        namespaces of caches.
         """
         found = self.checkpoint
         parts = (
@@ -285,7 +286,7 @@ class Embedder(LocalModel[str]):
             raise not_finite(self.model, f"texts[{int(finite.argmin())}]")
         if self._normalize:
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
+            rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
         return rows
 
 

@@ -8,14 +8,15 @@ bulk lane never stands before a query.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 Lane = Literal["query", "bulk"]
 Rows = list[Any]
 
-# Computing threads that outlive the interpreter crash it; a pack takes less than this.
+# Computing threads that outlive the interpreter crash it; nearly every pack takes less.
 _EXIT_SECONDS = 4.0
 # Bulk work gets a third of the CPU that queries get while both want it, and all of it otherwise.
 _BULK_NICENESS = 5
@@ -48,6 +49,7 @@ class _Job:
         "_left",
         "_lock",
         "budget",
+        "caller",
         "cursor",
         "future",
         "lengths",
@@ -59,6 +61,7 @@ class _Job:
     def __init__(
         self,
         sequences: Sequence[Tokens],
+        caller: Hashable,
         budget: int | None,
         progress: Callable[[int], None] | None,
     ) -> None:
@@ -66,6 +69,7 @@ class _Job:
         self.order = sorted(enumerate(sequences), key=lambda item: -len(item[1]))
         self.lengths = [len(sequence) for _, sequence in self.order]
         self.cursor = 0
+        self.caller = caller
         self.budget = budget
         self.progress = progress
         self.rows: Rows = [None] * len(sequences)
@@ -80,8 +84,8 @@ class _Job:
                 self.rows[index] = row
             self._left -= len(indices)
             done = not self._left
-            if self.progress is not None:
-                self.progress(len(indices))
+        if self.progress is not None:
+            self.progress(len(indices))
         if done:
             self._finish(lambda: self.future.set_result(self.rows))
 
@@ -99,6 +103,10 @@ class _Job:
 _Entry = tuple[_Job, int, "Tokens"]
 
 
+def _jobs(pack: Sequence[_Entry]) -> Iterable[_Job]:
+    return {id(entry[0]): entry[0] for entry in pack}.values()
+
+
 class _Workers:
     """What the worker threads share; it must not refer to the engine, so that that can die."""
 
@@ -113,7 +121,11 @@ class _Workers:
 
     def _start_over(self) -> None:
         self.ready = threading.Condition()
-        self.waiting: dict[Lane, deque[_Job]] = {"query": deque(), "bulk": deque()}
+        # Each caller's jobs, in the order of the callers' turns.
+        self.waiting: dict[Lane, OrderedDict[Hashable, deque[_Job]]] = {
+            "query": OrderedDict(),
+            "bulk": OrderedDict(),
+        }
         self.threads: dict[Lane, list[threading.Thread]] = {"query": [], "bulk": []}
 
     def submit(self, job: _Job, lane: Lane) -> None:
@@ -123,7 +135,7 @@ class _Workers:
                 raise ClosedError(msg)
             if not self.threads[lane]:
                 self._start(lane)
-            self.waiting[lane].append(job)
+            self.waiting[lane].setdefault(job.caller, deque()).append(job)
             self.ready.notify_all()
 
     def _start(self, lane: Lane) -> None:
@@ -131,8 +143,8 @@ class _Workers:
             thread = threading.Thread(
                 target=self._work, args=(lane, index), name=f"bge-{lane}-{index}", daemon=True
             )
-            self.threads[lane].append(thread)
             thread.start()
+            self.threads[lane].append(thread)
 
     def _work(self, lane: Lane, index: int) -> None:
         runner = self.runners[lane][index]
@@ -152,41 +164,56 @@ class _Workers:
             del pack
 
     def _take(self, lane: Lane, runner: Runner, ceiling: int) -> list[_Entry]:
-        """Fill a pack from the jobs that wait, each in its turn; called under the lock."""
+        """Fill a pack from the callers that wait, each in its turn; called under the lock."""
         waiting = self.waiting[lane]
         pack: list[_Entry] = []
-        room = 0
-        while waiting:
-            job = waiting.popleft()
-            if job.future.done():
-                continue
-            if not pack:
-                room = min(job.budget or runner.default_budget, ceiling)
-            elif job.lengths[job.cursor] > room:
-                waiting.appendleft(job)
-                break
-            end = fill(job.lengths, start=job.cursor, room=room, padded=runner.padded)
-            pack.extend((job, *entry) for entry in job.order[job.cursor : end])
-            room -= sum(job.lengths[job.cursor : end])
-            job.cursor = end
-            if end < len(job.order):
-                # The others' turn comes first.
-                waiting.append(job)
+        lengths: list[int] = []
+        room = ceiling
+        for _ in range(len(waiting)):
+            caller, jobs = waiting.popitem(last=False)
+            taken = len(pack)
+            while jobs:
+                job = jobs[0]
+                if job.future.done():
+                    jobs.popleft()
+                    continue
+                own = min(room, job.budget or runner.default_budget)
+                end = fill(
+                    job.lengths, start=job.cursor, room=own, padded=runner.padded, beside=lengths
+                )
+                if end > job.cursor:
+                    room = own
+                pack += ((job, *entry) for entry in job.order[job.cursor : end])
+                lengths += job.lengths[job.cursor : end]
+                job.cursor = end
+                if end < len(job.order):
+                    break
+                jobs.popleft()
+            if jobs:
+                waiting[caller] = jobs
+                if len(pack) == taken:
+                    # Nothing of it fitted, so its turn is still to come.
+                    waiting.move_to_end(caller, last=False)
                 break
         return pack
 
     def _run(self, pack: list[_Entry], runner: Runner, index: int) -> None:
         # Queries of several callers come mixed; equal lengths share one attention call.
         pack.sort(key=lambda entry: len(entry[2]))
+        shortage: BaseException | None = None
         try:
             rows = runner.run([sequence for _, _, sequence in pack])
+            self._hand_out(pack, rows)
         except torch.OutOfMemoryError as exc:
-            self._shrink(pack, runner, index, exc)
-            return
+            # Its traceback holds every tensor of the failed pass.
+            shortage = exc.with_traceback(None)
         except BaseException as exc:  # noqa: BLE001 -- a worker lives on and its callers must hear
-            for job in {id(entry[0]): entry[0] for entry in pack}.values():
+            for job in _jobs(pack):
                 job.fail(exc)
-            return
+        if shortage is not None:
+            self._shrink(pack, runner, index, shortage)
+
+    def _hand_out(self, pack: list[_Entry], rows: Iterable[Any]) -> None:
         done: dict[int, tuple[_Job, list[int], Rows]] = {}
         for (job, place, _), row in zip(pack, rows, strict=True):
             _, places, own = done.setdefault(id(job), (job, [], []))
@@ -195,8 +222,10 @@ class _Workers:
         for job, places, own in done.values():
             job.accept(places, own)
 
-    def _shrink(self, pack: list[_Entry], runner: Runner, index: int, error: BaseException) -> None:
-        """Run a pack that was too large in two halves, and remember the smaller size."""
+    def _shrink(
+        self, pack: list[_Entry], runner: Runner, index: int, shortage: BaseException
+    ) -> None:
+        """Run a pack that was too large in parts, and remember the smaller size."""
         tokens = sum(len(sequence) for _, _, sequence in pack)
         if len(pack) == 1:
             msg = (
@@ -204,24 +233,31 @@ class _Workers:
                 "max_length or dtype='float16', or free memory on the device."
             )
             failure = ComputationError(msg)
-            failure.__cause__ = error
+            failure.__cause__ = shortage
             pack[0][0].fail(failure)
             return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self.ceilings[index] = min(self.ceilings[index], max(tokens // 2, 1))
         logger.warning(
             "Out of memory on a pack of %d tokens: going on with %d.", tokens, self.ceilings[index]
         )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        half = len(pack) // 2
-        self._run(pack[:half], runner, index)
-        self._run(pack[half:], runner, index)
+        lengths = [len(sequence) for _, _, sequence in pack]
+        start = 0
+        while start < len(pack):
+            # The ceiling may fall while the parts run. A part is smaller than the whole.
+            room = min(self.ceilings[index], tokens - 1)
+            end = fill(lengths, start=start, room=room, padded=runner.padded)
+            self._run(pack[start:end], runner, index)
+            start = end
 
     def close(self) -> None:
         """Stop the workers after the pack that they are at, and let go of the weights."""
         with self.ready:
             self.closed = True
-            dropped = [job for jobs in self.waiting.values() for job in jobs]
+            dropped = [
+                job for lane in self.waiting.values() for jobs in lane.values() for job in jobs
+            ]
             for jobs in self.waiting.values():
                 jobs.clear()
             self.runners = {}
@@ -263,6 +299,7 @@ class Engine:
         sequences: Sequence[Tokens],
         *,
         lane: Lane,
+        caller: Hashable = None,
         budget: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Future[Rows]:
@@ -271,6 +308,8 @@ class Engine:
         Args:
             sequences: At least one.
             lane: `"query"` for what somebody waits for, `"bulk"` for the rest.
+            caller: Who asks: callers take turns, and a caller's own jobs follow one another. None
+                for a caller of its own.
             budget: Tokens a pack may have; None for the device's default.
             progress: Called in a worker with the number of sequences done.
 
@@ -281,7 +320,7 @@ class Engine:
         Raises:
             ClosedError: The engine was closed.
         """
-        job = _Job(sequences, budget, progress)
+        job = _Job(sequences, object() if caller is None else caller, budget, progress)
         self._workers.submit(job, lane)
         return job.future
 
@@ -314,14 +353,16 @@ def _step_aside() -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         nice = os.getpriority(os.PRIO_PROCESS, thread) + _BULK_NICENESS
-        os.setpriority(os.PRIO_PROCESS, thread, min(nice, 19))
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, thread, min(nice, 19))
 
 
 def _at_exit() -> None:
-    for workers in list(_live):
+    live = list(_live)
+    for workers in live:
         workers.close()
     deadline = time.monotonic() + _EXIT_SECONDS
-    for workers in list(_live):
+    for workers in live:
         workers.join(deadline)
 
 

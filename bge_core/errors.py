@@ -12,6 +12,10 @@ BGEError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 __all__ = [
     "ArgumentError",
     "BGEError",
@@ -21,6 +25,9 @@ __all__ = [
     "InputTypeError",
     "MissingExtraError",
     "TruncationError",
+    "fixed_argument",
+    "refused_arguments",
+    "unknown_argument",
 ]
 
 
@@ -54,3 +61,52 @@ class ClosedError(BGEError, RuntimeError):
 
 class ComputationError(BGEError, RuntimeError):
     """The model computed something that can't be used, such as NaN."""
+
+
+def unknown_argument(
+    owner: str, name: str, *, known: Iterable[str], moved: Mapping[str, str]
+) -> ArgumentError:
+    """Say that a class has no such argument, and what to write instead.
+
+    Args:
+        owner: The class's name.
+        name: What was given.
+        known: The arguments that it has.
+        moved: Other libraries' arguments -> what to write here.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if name in moved:
+        hint = f"{moved[name]}."
+    elif close:
+        hint = f"did you mean {close[0]!r}?"
+    else:
+        hint = f"it takes {', '.join(known)}."
+    return ArgumentError(f"{owner} has no argument {name!r}: {hint}")
+
+
+def refused_arguments(owner: str, report: Iterable[Mapping[str, Any]]) -> ArgumentError:
+    """Say on one line what pydantic says on several.
+
+    Args:
+        owner: The class's name.
+        report: `ValidationError.errors()`.
+    """
+    said = []
+    for item in report:
+        name = ".".join(dict.fromkeys(str(part) for part in item["loc"][:1]))
+        if item["type"] == "missing":
+            said.append(f"{name} is missing")
+            continue
+        hidden = name == "token" or item["type"] == "no_such_attribute"
+        shown = "" if hidden else f", got {item['input']!r:.60}"
+        said.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}{shown}")
+    return ArgumentError(f"{owner} can't take these arguments: {'; '.join(dict.fromkeys(said))}.")
+
+
+def fixed_argument(owner: str, name: str) -> ArgumentError:
+    """Say that an argument can't be changed afterwards."""
+    return ArgumentError(
+        f"{name} of a {owner} can't be changed, since its model was made with it: make another "
+        f"with model_copy(update={{{name!r}: ...}}), which shares the weights where it can."
+    )

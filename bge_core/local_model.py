@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 import numpy as np
 
 from bge_core.checkpoint import Checkpoint, Kind, Source, check_kind, check_profile, locate, read
-from bge_core.errors import ArgumentError, ClosedError, ComputationError, InputTypeError
+from bge_core.errors import (
+    ArgumentError,
+    CheckpointError,
+    ClosedError,
+    ComputationError,
+    InputTypeError,
+)
 from bge_core.placement import Placement
 from bge_core.profiles import find_profile
 from bge_core.tokens import OnTruncation, Tokens, check_on_truncation, report_truncation
@@ -38,6 +45,10 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item", str, tuple[str, str])
 """What is tokenised to one sequence: a text, or a (query, passage) pair."""
 
+# What `_start` makes anew in a copy or another process.
+_OF_A_PROCESS = frozenset(
+    {"_checkpoint", "_closed", "_digest", "_engine", "_flight_lock", "_in_flight", "_lock"}
+)
 # Tokenised ahead of the workers: enough to sort by length, little enough for a flat memory.
 _SLICE = 512
 _SLICES_AHEAD = 2
@@ -101,7 +112,9 @@ class LocalModel(ABC, Generic[Item]):
         self._checkpoint: Checkpoint | None = None
         self._digest: str | None = None
         self._engine: Engine | None = None
+        self._flight_lock = threading.Lock()
         self._in_flight: weakref.WeakSet[Future[Rows]] = weakref.WeakSet()
+        _models.add(self)
 
     @property
     def model(self) -> str:
@@ -115,6 +128,9 @@ class LocalModel(ABC, Generic[Item]):
         Raises:
             CheckpointError: It can't be found, or it is damaged or of another kind.
         """
+        # Without the lock where that is possible: another thread may hold it while weights load.
+        if (known := self._checkpoint) is not None:
+            return known
         with self._lock:
             if self._checkpoint is None:
                 found = read(self._source, locate(self._source))
@@ -140,9 +156,10 @@ class LocalModel(ABC, Generic[Item]):
         """
         self._closed = True
         self._engine = None
-        for future in list(self._in_flight):
-            if not future.done():
-                future.cancel()
+        with self._flight_lock:
+            waiting = list(self._in_flight)
+        for future in waiting:
+            future.cancel()
 
     def __enter__(self) -> Self:
         """Give the model itself."""
@@ -159,10 +176,7 @@ class LocalModel(ABC, Generic[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration, without weights, locks or work in flight."""
-        state = self.__dict__.copy()
-        for name in ("_lock", "_engine", "_in_flight", "_checkpoint", "_digest", "_closed"):
-            del state[name]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a configuration; the weights load at first use."""
@@ -198,8 +212,10 @@ class LocalModel(ABC, Generic[Item]):
         with self._lock:
             self._check_open()
             if self._engine is None:
-                self._engine = self._load()
-                self._check_room(self._engine.tokenizer)
+                engine = self._load()
+                self._check_room(engine.tokenizer)
+                self._check_open()  # it may have been closed meanwhile
+                self._engine = engine
             return self._engine
 
     def _load(self) -> Engine:
@@ -229,40 +245,56 @@ class LocalModel(ABC, Generic[Item]):
         pooling = self._pooling or found.pooling
         trust = self._source.trust_remote_code
         tokenizer = load_tokenizer(found, trust_remote_code=trust)
-        runners: dict[Lane, Sequence[Runner]] = {}
         backend = self._backend
-        if backend != "torch" and _on_cpu(devices) and self._has_openvino():
+        fast: Runner | None = None
+        if backend == "openvino" or (backend == "auto" and self._auto_openvino(devices, dtype)):
             from bge_core.openvino_runner import load_openvino_runner
 
-            fast = load_openvino_runner(
-                found, kind=self._kind, pooling=pooling, trust_remote_code=trust
-            )
-            runners = {"query": [fast] * len(devices), "bulk": [fast] * len(devices)}
-        if backend != "openvino":
-            loaded = [
-                load_runner(
+            try:
+                fast = load_openvino_runner(
                     found,
                     kind=self._kind,
                     pooling=pooling,
-                    device=device,
-                    dtype=dtype,
                     trust_remote_code=trust,
+                    cache_folder=self._source.cache_folder,
                 )
-                for device in devices
-            ]
-            # Bulk is level between the two, and packs need no padding.
-            runners = {"query": runners.get("query", loaded), "bulk": loaded}
-        return Engine(runners, tokenizer, name=found.name)
+            except CheckpointError as exc:
+                if backend == "openvino":
+                    raise
+                logger.debug("Torch serves queries, too: %s", exc)
+        if backend == "openvino" and fast is not None:
+            both = [fast] * len(devices)
+            return Engine({"query": both, "bulk": both}, tokenizer, name=found.name)
+        loaded = [
+            load_runner(
+                found,
+                kind=self._kind,
+                pooling=pooling,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust,
+            )
+            for device in devices
+        ]
+        # Bulk is level between the two, and packs need no padding.
+        query = loaded if fast is None else [fast] * len(devices)
+        return Engine({"query": query, "bulk": loaded}, tokenizer, name=found.name)
 
-    def _has_openvino(self) -> bool:
-        return self._backend == "openvino" or find_spec("openvino") is not None
+    def _auto_openvino(self, devices: Sequence[str], dtype: str) -> bool:
+        # A reranker's work is bulk even when somebody waits for it.
+        return (
+            self._kind == "embedder"
+            and dtype == "float32"
+            and _on_cpu(devices)
+            and find_spec("openvino") is not None
+        )
 
     def _check_room(self, tokenizer: Tokenizer) -> None:
         extra = tokenizer.single_extra if self._kind == "embedder" else tokenizer.pair_extra
         if self.max_length <= extra:
             msg = (
                 f"max_length={self.max_length} leaves no room for text: {extra} of them are "
-                "special tokens."
+                f"special tokens. Pass {extra + 1} or more."
             )
             raise ArgumentError(msg)
 
@@ -294,7 +326,7 @@ class LocalModel(ABC, Generic[Item]):
         with progress_bar(len(call.items), show=show_progress) as progress:
             try:
                 for sequences in self._slices(engine.tokenizer, call):
-                    ahead.append(self._submit(engine, sequences, lane, progress))
+                    ahead.append(self._submit(engine, call, sequences, lane, progress))
                     if len(ahead) > _SLICES_AHEAD:
                         call.rows += self._wait(ahead.popleft())
                 while ahead:
@@ -313,9 +345,11 @@ class LocalModel(ABC, Generic[Item]):
         if not items:
             return None
         # A short query is tokenised in less time than a thread takes to be woken.
-        small = _characters(items) <= _INLINE_CHARACTERS
+        small = _is_small(items)
         call = _Call(items) if small else await asyncio.to_thread(_Call, items)
-        engine = self._engine if self._engine is not None else await asyncio.to_thread(self._loaded)
+        engine = self._engine
+        if engine is None:
+            engine = await asyncio.to_thread(self._loaded)
         slices = self._slices(engine.tokenizer, call)
         ahead: deque[Future[Rows]] = deque()
         with progress_bar(len(call.items), show=show_progress) as progress:
@@ -323,7 +357,7 @@ class LocalModel(ABC, Generic[Item]):
                 while sequences := (
                     next(slices, None) if small else await asyncio.to_thread(next, slices, None)
                 ):
-                    ahead.append(self._submit(engine, sequences, lane, progress))
+                    ahead.append(self._submit(engine, call, sequences, lane, progress))
                     if len(ahead) > _SLICES_AHEAD:
                         call.rows += await self._await(ahead.popleft())
                 while ahead:
@@ -346,6 +380,7 @@ class LocalModel(ABC, Generic[Item]):
 
     def _report(self, call: _Call[Item]) -> None:
         report_truncation(
+            what="texts" if self._kind == "embedder" else "pairs",
             cut=sum(call.cut[place] for place in call.places),
             total=len(call.places),
             max_length=self.max_length,
@@ -356,12 +391,16 @@ class LocalModel(ABC, Generic[Item]):
     def _submit(
         self,
         engine: Engine,
+        call: _Call[Item],
         sequences: Sequence[Tokens],
         lane: Lane,
         progress: Callable[[int], None] | None,
     ) -> Future[Rows]:
-        future = engine.submit(sequences, lane=lane, budget=self._batch_tokens, progress=progress)
-        self._in_flight.add(future)
+        future = engine.submit(
+            sequences, lane=lane, caller=call, budget=self._batch_tokens, progress=progress
+        )
+        with self._flight_lock:
+            self._in_flight.add(future)
         if self._closed:
             future.cancel()
         return future
@@ -406,8 +445,9 @@ class _Call(Generic[Item]):
 
     def outcome(self) -> NDArray[np.float32]:
         """Give a row for each of all items, in order."""
-        rows: NDArray[np.float32] = np.stack(self.rows)[self.places]
-        return rows
+        rows: NDArray[np.float32] = np.stack(self.rows)
+        self.rows.clear()
+        return rows if len(self.items) == len(self.places) else rows[self.places]
 
 
 def _positive(name: str, value: object) -> int | None:
@@ -422,8 +462,13 @@ def _positive(name: str, value: object) -> int | None:
     return int(value)
 
 
-def _characters(items: Sequence[Any]) -> int:
-    return sum(len(part) for item in items for part in ((item,) if isinstance(item, str) else item))
+def _is_small(items: Sequence[Any]) -> bool:
+    characters = 0
+    for item in items:
+        characters += len(item) if isinstance(item, str) else sum(map(len, item))
+        if characters > _INLINE_CHARACTERS:
+            return False
+    return True
 
 
 def not_finite(model: str, which: str) -> ComputationError:
@@ -472,3 +517,18 @@ def _checked_backend(backend: str, placement: Placement) -> str:
 
 def _on_cpu(devices: Sequence[str]) -> bool:
     return all(device.partition(":")[0] == "cpu" for device in devices)
+
+
+_models: weakref.WeakSet[LocalModel[Any]] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    """Replace what another thread may have held when the process forked."""
+    for model in list(_models):
+        model._lock = threading.RLock()
+        model._flight_lock = threading.Lock()
+        model._in_flight = weakref.WeakSet()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -95,7 +95,12 @@ class OpenVINORunner:
 
 
 def load_openvino_runner(
-    checkpoint: Checkpoint, *, kind: Kind, pooling: str | None, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    *,
+    kind: Kind,
+    pooling: str | None,
+    trust_remote_code: bool,
+    cache_folder: str | None,
 ) -> OpenVINORunner:
     """Compile a checkpoint for this CPU, converting it at first use.
 
@@ -107,6 +112,7 @@ def load_openvino_runner(
         kind: `"embedder"` or `"reranker"`.
         pooling: The rows that make the vector; None for a reranker.
         trust_remote_code: Run Python code that the checkpoint carries.
+        cache_folder: Where the converted model is kept; None for the user's cache.
 
     Raises:
         CheckpointError: OpenVINO can't convert it, or its weights are missing or damaged.
@@ -126,31 +132,48 @@ def load_openvino_runner(
             "pass backend='torch'."
         )
         raise CheckpointError(msg)
-    file = _kept(checkpoint, kind, pooling, openvino.__version__)
-    if not file.exists():
-        model: Any = load_model(
+    core = openvino.Core()
+    file = _kept(checkpoint, kind, pooling, openvino.__version__, cache_folder)
+    model: Any = None
+    if file.exists():
+        try:
+            model = core.read_model(str(file))
+        except RuntimeError:
+            logger.warning("%s is damaged: converting %r again.", file, checkpoint.name)
+            shutil.rmtree(file.parent, ignore_errors=True)
+    if model is None:
+        loaded = load_model(
             checkpoint, kind=kind, dtype="float32", trust_remote_code=trust_remote_code
         )
-        _convert(openvino, checkpoint, model, pooling, file)
-    core = openvino.Core()
+        model = _converted(openvino, checkpoint, loaded, pooling)
+        try:
+            _keep(openvino, model, file)
+        except (OSError, RuntimeError) as exc:
+            logger.warning("The converted %r can't be kept: %s", checkpoint.name, exc)
     compiled = core.compile_model(
-        str(file),
+        model,
         "CPU",
         # Not in bfloat16, which it would choose where the processor has it.
         {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
     )
-    return OpenVINORunner(compiled, types=len(compiled.inputs) > 2, pad=checkpoint.pad)
+    types = any("token_type_ids" in port.get_names() for port in compiled.inputs)
+    return OpenVINORunner(compiled, types=types, pad=checkpoint.pad)
 
 
-def _kept(checkpoint: Checkpoint, kind: Kind, pooling: str | None, version: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bge-adapters"
+def _kept(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    pooling: str | None,
+    version: str,
+    cache_folder: str | None,
+) -> Path:
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bge-adapters"
+    root = Path(cache_folder) if cache_folder else user
     key = repr((checkpoint.digest(), kind, pooling, version))
     return root / "openvino" / hashlib.sha256(key.encode()).hexdigest()[:16] / "model.xml"
 
 
-def _convert(
-    openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str | None, file: Path
-) -> None:
+def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str | None) -> Any:
     example = {"input_ids": torch.ones(2, 8).long(), "attention_mask": torch.ones(2, 8).long()}
     if takes_types(model):
         example["token_type_ids"] = torch.zeros(2, 8).long()
@@ -159,15 +182,18 @@ def _convert(
         with torch.inference_mode(), warnings.catch_warnings():
             # The tracer warns of every shape that transformers looks at; the numbers are tested.
             warnings.simplefilter("ignore")
-            converted = openvino.convert_model(_Rows(model, pooling), example_input=example)
+            return openvino.convert_model(_Rows(model, pooling), example_input=example)
     except Exception as exc:
         msg = f"OpenVINO can't convert {checkpoint.name!r} ({exc}): pass backend='torch'."
         raise CheckpointError(msg) from exc
+
+
+def _keep(openvino: Any, model: Any, file: Path) -> None:
     file.parent.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there whole: nothing half-written is ever found.
     work = Path(tempfile.mkdtemp(dir=file.parent.parent))
     try:
-        openvino.save_model(converted, str(work / file.name), compress_to_fp16=False)
+        openvino.save_model(model, str(work / file.name), compress_to_fp16=False)
         with contextlib.suppress(OSError):  # another process was first, with the same content
             work.rename(file.parent)
     finally:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 try:
-    from torch.nn.attention.varlen import varlen_attn as _varlen_attention
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 it has not all of the keywords that are needed.
+    _varlen_attention: Any = (
+        varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
+    )
 except ImportError:  # an older torch: one call a run on every device
-    _varlen_attention = None  # type: ignore[assignment]
+    _varlen_attention = None
 
 __all__ = ["PACKED_ATTENTION", "Pack", "fill", "first_rows_of_layer"]
 
@@ -53,7 +60,7 @@ class Run:
         return self.start + self.count * self.length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pack:
     """Sequences laid end to end.
 
@@ -68,12 +75,12 @@ class Pack:
     device: torch.device
     padding_position: int | None = None
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
         return [len(sequence) for sequence in self.sequences]
 
-    @property
+    @cached_property
     def runs(self) -> list[Run]:
         """Neighbouring sequences of equal length, in order."""
         runs, start = [], 0
@@ -117,34 +124,38 @@ class Pack:
         """Give the row of each sequence's last token, [n] int64."""
         return self._tensor([end - 1 for end in accumulate(self.lengths)])
 
+    @cached_property
     def ends(self) -> Tensor:
         """Give 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
         return self._tensor([0, *accumulate(self.lengths)]).int()
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def fill(lengths: Sequence[int], *, start: int, room: int, padded: bool) -> int:
+def fill(
+    lengths: Sequence[int], *, start: int, room: int, padded: bool, beside: Sequence[int] = ()
+) -> int:
     """Say how far a pack that starts at `start` may go.
 
     Args:
         lengths: Sequence lengths, sorted.
-        start: Index of the pack's first sequence, which always fits.
+        start: Index of the pack's first sequence; alone, it always fits.
         room: Tokens that the pack may have.
         padded: Whether each sequence costs as much as the longest.
+        beside: Lengths of what is in the pack already.
 
     Returns:
         The index after the pack's last sequence.
     """
-    total, longest, end = 0, 0, start
-    while end < len(lengths):
+    total, longest, count = sum(beside), max(beside, default=0), len(beside)
+    for end in range(start, len(lengths)):
+        total += lengths[end]
         longest = max(longest, lengths[end])
-        total = longest * (end - start + 1) if padded else total + lengths[end]
-        if total > room and end > start:
-            break
-        end += 1
-    return end
+        count += 1
+        if (longest * count if padded else total) > room and count > 1:
+            return end
+    return len(lengths)
 
 
 def packed_attention(
@@ -185,16 +196,15 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False))
     # [tokens, heads, head_dim]: a view, since the projections are laid out that way.
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if _varlen_attention is not None and q.is_cuda and q.dtype != torch.float32:
-        ends = pack.ends()
+    if _takes_varlen(q):
         longest = max(pack.lengths)
         far = -1 if sliding_window is None else sliding_window - 1
-        attended: Any = _varlen_attention(
+        attended: Tensor = _varlen_attention(
             q,
             k,
             v,
-            ends,
-            ends,
+            pack.ends,
+            pack.ends,
             longest,
             longest,
             scale=scaling,
@@ -254,6 +264,17 @@ def first_rows_of_layer(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
         done += run.count
     rows: Tensor = layer.feed_forward_chunk(attention_output(torch.cat(attended), first))
     return rows
+
+
+def _takes_varlen(query: Tensor) -> bool:
+    """Say whether CUDA's kernel for sequences of unequal length can run here."""
+    return (
+        _varlen_attention is not None
+        and query.is_cuda
+        and query.dtype != torch.float32
+        # Flash attention, which it is, needs an Ampere card or a newer one.
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _split(rows: Tensor, run: Run) -> Tensor:

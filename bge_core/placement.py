@@ -89,10 +89,10 @@ class Placement:
         Raises:
             ArgumentError: A device that this machine or this torch build lacks.
         """
-        devices = self.devices or (_best_device(),)
-        for name in devices:
+        for name in self.devices:
             _check_device(name)
-        on_cpu = [name for name in devices if name.split(":")[0] == "cpu"]
+        devices = tuple(_one_name(name) for name in self.devices or (_best_device(),))
+        on_cpu = [name for name in self.devices if name.split(":")[0] == "cpu"]
         if self.dtype == "auto":
             on_cuda = all(name.startswith("cuda") for name in devices)
             return devices, "float16" if on_cuda else "float32"
@@ -156,17 +156,24 @@ def _check_device(name: str) -> None:
     import torch
 
     try:
-        device = torch.device(name)
-    except RuntimeError as exc:
-        msg = f"device={name!r} is unknown to torch {torch.__version__}: {exc}"
-        raise ArgumentError(msg) from exc
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        torch.zeros(1, device=torch.device(name)).cpu()
+    except Exception as exc:  # torch raises anything for a device that is not here
+        said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
         msg = (
-            f"device={name!r} was asked for, but torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} CUDA devices here: pass device='cpu', or install a "
-            "torch build for this machine's GPU."
+            f"device={name!r} can't compute here with torch {torch.__version__}, which sees "
+            f"{torch.cuda.device_count()} CUDA devices ({said[:120]}): pass device='cpu', or "
+            "install a torch build for this machine's accelerator."
         )
-        raise ArgumentError(msg)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        msg = f"device={name!r} was asked for, but this machine has no MPS: pass device='cpu'."
-        raise ArgumentError(msg)
+        raise ArgumentError(msg) from exc
+
+
+def _one_name(name: str) -> str:
+    """Give "cpu:0" and "cpu" one name, "cuda" and "cuda:0" another, so that models are shared."""
+    import torch
+
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return "cpu"
+    if kind == "cuda" and not index and torch.cuda.device_count():
+        return f"cuda:{torch.cuda.current_device()}"
+    return name

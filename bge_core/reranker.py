@@ -48,7 +48,7 @@ class Reranker(LocalModel[Pair]):
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
-            `[openvino]`; or `"auto"`, OpenVINO for queries and torch for bulk where both are.
+            `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
         cache_folder: The hub's cache; None for the usual one.
         revision: Branch, tag or commit on the hub.
         local_files_only: Never go to the network.
@@ -191,7 +191,7 @@ class Reranker(LocalModel[Pair]):
             ArgumentError: `top_n` is below 1, the threshold is NaN, or as `score` says.
             InputTypeError: An argument of the wrong type.
         """
-        check_limits(top_n=top_n, score_threshold=score_threshold)
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
         return self._ranked(self._logits(_pairs(query, passages)), top_n, score_threshold)
 
     async def arank(
@@ -203,9 +203,38 @@ class Reranker(LocalModel[Pair]):
         score_threshold: float | None = None,
     ) -> list[tuple[int, float]]:
         """Rank passages without blocking the event loop; see `rank`."""
-        check_limits(top_n=top_n, score_threshold=score_threshold)
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
         logits = await self._alogits(_pairs(query, passages))
         return self._ranked(logits, top_n, score_threshold)
+
+    def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
+        """Refuse a `top_n` or a threshold that can't be meant.
+
+        Raises:
+            ArgumentError: `top_n` is below 1, or no score can reach the threshold.
+            InputTypeError: One of them is no number.
+        """
+        if top_n is not None:
+            if isinstance(top_n, bool) or not isinstance(top_n, Integral):
+                msg = f"top_n must be a whole number or None for all, got {top_n!r}."
+                raise InputTypeError(msg)
+            if top_n < 1:
+                msg = f"top_n must be 1 or more, or None for all, got {top_n}."
+                raise ArgumentError(msg)
+        if score_threshold is None:
+            return
+        if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
+            msg = f"score_threshold must be a number or None, got {score_threshold!r}."
+            raise InputTypeError(msg)
+        if math.isnan(score_threshold):
+            msg = "score_threshold is NaN, which no score reaches: pass a number or None."
+            raise ArgumentError(msg)
+        if self._normalize and score_threshold > 1:
+            msg = (
+                f"score_threshold={score_threshold} can't be reached: scores go from 0 to 1. Pass "
+                "normalize=False to compare raw logits, or 1 / (1 + exp(-threshold)) here."
+            )
+            raise ArgumentError(msg)
 
     def _logits(self, pairs: list[Pair], *, show_progress: bool = False) -> NDArray[np.float32]:
         return self._checked(self._compute(pairs, lane="query", show_progress=show_progress))
@@ -248,29 +277,6 @@ class Reranker(LocalModel[Pair]):
         if score_threshold is not None:
             ranked = [(index, score) for index, score in ranked if score >= score_threshold]
         return ranked[:top_n]
-
-
-def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
-    """Refuse a `top_n` or a threshold that can't be meant.
-
-    Raises:
-        ArgumentError: `top_n` is below 1, or the threshold is NaN.
-        InputTypeError: One of them is no number.
-    """
-    if top_n is not None:
-        if isinstance(top_n, bool) or not isinstance(top_n, Integral):
-            msg = f"top_n must be a whole number or None for all, got {top_n!r}."
-            raise InputTypeError(msg)
-        if top_n < 1:
-            msg = f"top_n must be 1 or more, or None for all, got {top_n}."
-            raise ArgumentError(msg)
-    if score_threshold is not None:
-        if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
-            msg = f"score_threshold must be a number or None, got {score_threshold!r}."
-            raise InputTypeError(msg)
-        if math.isnan(score_threshold):
-            msg = "score_threshold is NaN, which no score reaches: pass a number or None."
-            raise ArgumentError(msg)
 
 
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:

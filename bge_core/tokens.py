@@ -56,14 +56,19 @@ class Tokenizer:
     Args:
         backend: The `tokenizers.Tokenizer` of the checkpoint; its truncation and padding
             settings are switched off here, once.
+        pad: The padding token's id, which stands for an empty text where there are no special
+            tokens: a model needs at least one.
         lower_case: Whether the checkpoint asks for lower-cased text before the tokenizer
             (`do_lower_case` in sentence_bert_config.json).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, lower_case: bool = False) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, pad: int = 0, lower_case: bool = False
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._pad = pad
         self._lower_case = lower_case
         single = backend.encode("a")
         self._prefix, self._suffix = _around(single.ids, single.special_tokens_mask)
@@ -98,7 +103,7 @@ class Tokenizer:
         sequences, cut = [], []
         for ids in self._ids(texts):
             cut.append(len(ids) > room)
-            whole = [*self._prefix, *ids[:room], *self._suffix]
+            whole = [*self._prefix, *ids[:room], *self._suffix] or [self._pad]
             sequences.append(Tokens(whole, len(whole)))
         return sequences, cut
 
@@ -108,7 +113,8 @@ class Tokenizer:
         """Tokenise (query, passage) pairs as FlagEmbedding does.
 
         The query is cut to three quarters of `max_length`, special tokens not counted, then the
-        passage to what remains of `max_length`: a long query never pushes a passage out.
+        passage to what remains of `max_length`: from 20 tokens on, a long query never pushes a
+        passage out.
 
         Args:
             queries: A query a pair; equal ones are tokenised once.
@@ -191,7 +197,7 @@ def check_text(text: object, argument: str) -> str:
         )
         raise ArgumentError(msg) from exc
     # A subclass such as numpy.str_ becomes a plain str.
-    return text if type(text) is str else str(text)
+    return text if type(text) is str else str.__str__(text)
 
 
 def check_texts(texts: object, argument: str) -> list[str]:
@@ -217,7 +223,7 @@ def check_texts(texts: object, argument: str) -> list[str]:
 
 
 def report_truncation(
-    *, cut: int, total: int, max_length: int, policy: OnTruncation, model: str
+    *, what: str, cut: int, total: int, max_length: int, policy: OnTruncation, model: str
 ) -> None:
     """Say once a call how many texts were cut, or refuse them.
 
@@ -226,14 +232,14 @@ def report_truncation(
     """
     if not cut or policy == "ignore":
         return
-    said = f"{cut} of {total} texts are longer than max_length={max_length} tokens of {model}"
+    said = f"{cut} of {total} {what} are longer than max_length={max_length} tokens of {model}"
     if policy == "error":
         msg = (
             f"{said}, and on_truncation='error' was asked for: split them, raise max_length if "
             "the model takes more, or pass on_truncation='warn'."
         )
         raise TruncationError(msg)
-    logger.warning("%s: only their beginning was read.", said)
+    logger.warning("%s: the rest was not read.", said)
 
 
 def _kind(value: object) -> str:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -16,9 +16,11 @@ from pydantic import (
     Field,
     PrivateAttr,
     SecretStr,
+    ValidationError,
 )
 
 from bge_core import ArgumentError, Embedder, Reranker
+from bge_core.errors import fixed_argument, refused_arguments, unknown_argument
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,8 @@ else:
     def _name(value: Any) -> Any:
         # A torch.dtype or torch.device becomes its name, so that a dump is plain JSON and torch
         # need not be imported here.
+        if isinstance(value, (list, tuple)):
+            return [_name(item) for item in value]
         if type(value).__module__.partition(".")[0] == "torch":
             return str(value).removeprefix("torch.")
         return value
@@ -49,6 +53,8 @@ class LocalModelFields(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
+        # What stands under a field is its description for schemas and editors.
+        use_attribute_docstrings=True,
         # `model_kwargs` and `model_name` are LangChain's own words.
         protected_namespaces=(),
         populate_by_name=True,
@@ -98,14 +104,39 @@ class LocalModelFields(BaseModel):
     """A hub token for private models."""
 
     _core: Embedder | Reranker = PrivateAttr()
+    _moved: ClassVar[Mapping[str, str]] = {}
 
     if not TYPE_CHECKING:  # type checkers know the arguments from the fields
 
         def __init__(self, **arguments: Any) -> None:
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
-            super().__init__(**self._first_class(arguments))
+            known = {*type(self).model_fields, "model_name"}
+            for name, value in list(arguments.items()):
+                if name in known:
+                    continue
+                if name in self._moved and not value:
+                    del arguments[name]  # another class's default, spelt out
+                    continue
+                owner = type(self).__name__
+                raise unknown_argument(owner, name, known=known, moved=self._moved)
+            try:
+                super().__init__(**self._first_class(arguments))
+            except ValidationError as exc:
+                owner = type(self).__name__
+                raise refused_arguments(owner, exc.errors(include_url=False)) from exc
             self._core = self._make_core()
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set a field, unless the model behind it was made with the old value."""
+            field = type(self).model_fields.get(name)
+            if field is not None and field.frozen:
+                raise fixed_argument(type(self).__name__, name)
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as exc:
+                owner = type(self).__name__
+                raise refused_arguments(owner, exc.errors(include_url=False)) from exc
 
     @property
     def model_name(self) -> str:
@@ -116,8 +147,8 @@ class LocalModelFields(BaseModel):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the numbers.
 
-        For the namespaces of caches. The weights count, not the folder's place, the device or
-        batch sizes.
+        For the namespaces of caches. The weights count; the folder's place and batch sizes don't,
+        the device only through its dtype.
         """
         return self._core.fingerprint
 

@@ -13,6 +13,7 @@ __all__ = ["ENCODE_KEYS", "MODEL_KEYS", "fold"]
 logger = logging.getLogger(__name__)
 
 MODEL_KEYS = {
+    "backend": "backend",
     "cache_folder": "cache_folder",
     "device": "device",
     "dtype": "dtype",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, Embedder
+from bge_core.tokens import check_text
 from langchain_bge._fields import LocalModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
 
@@ -30,7 +32,8 @@ _MOVED = {
 class BGEEmbeddings(LocalModelFields, Embeddings):
     """A BGE embedding model, or any encoder that sentence-transformers can save.
 
-    Queries get the instruction that the model card gives, documents never do. Texts are embedded
+    Queries get the instruction that the model card gives, documents none (llm-embedder's tasks and
+    a checkpoint's own document prompt excepted). Texts are embedded
     as they are, newlines included. Unlike `HuggingFaceBgeEmbeddings`, which it replaces, it takes
     every setting as an argument of its own; `model_kwargs` and `encode_kwargs` are understood,
     too. Arguments are checked at once; weights load at first use and are shared by all adapters
@@ -81,6 +84,7 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
     since batches are sized in tokens (`batch_tokens`)."""
 
     _core: Embedder = PrivateAttr()
+    _moved: ClassVar[Mapping[str, str]] = _MOVED
 
     @property
     def dimension(self) -> int:
@@ -119,20 +123,17 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
         Raises:
             BGEError: As `bge_core.Embedder.embed_queries` says.
         """
-        return _rows(self._core.embed_queries([text]))[0]
+        return _rows(self._core.embed_queries([check_text(text, "text")]))[0]
 
     async def aembed_query(self, text: str) -> list[float]:
         """Embed a query without blocking the event loop; see `embed_query`.
 
         Queries that wait at the same time are computed in one pass.
         """
-        return _rows(await self._core.aembed_queries([text]))[0]
+        return _rows(await self._core.aembed_queries([check_text(text, "text")]))[0]
 
     @classmethod
     def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for name in sorted(arguments.keys() & _MOVED.keys()):
-            msg = f"{name} is no argument of {cls.__name__}: {_MOVED[name]}."
-            raise ArgumentError(msg)
         folded = fold(super()._first_class(arguments), of="model_kwargs", keys=MODEL_KEYS)
         return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
 

@@ -133,7 +133,9 @@ class BGEReranker(LocalModelFields, BaseDocumentCompressor):
         return _results(ranked)
 
     def _make_core(self) -> Reranker:
-        return Reranker(self.model, normalize=self.normalize, **self._shared())
+        core = Reranker(self.model, normalize=self.normalize, **self._shared())
+        core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
+        return core
 
 
 def _check_documents(documents: Sequence[Document]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import pickle
@@ -19,7 +18,8 @@ from llama_index.core.bridge.pydantic import (
 )
 from llama_index.core.schema import BaseComponent
 
-from bge_core import ArgumentError, Embedder, Reranker
+from bge_core import Embedder, Reranker
+from bge_core.errors import fixed_argument, refused_arguments, unknown_argument
 
 __all__ = ["LocalModelComponent", "ModelName"]
 
@@ -151,22 +151,26 @@ class LocalModelComponent(BaseComponent):
 
         def __init__(self, **arguments: Any) -> None:
             """Check the arguments and the model that they describe; loads no weights."""
-            known = type(self).model_fields
-            for name in arguments:
-                if name not in known:
-                    raise ArgumentError(_unknown(type(self).__name__, name, known))
+            known, owner = type(self).model_fields, type(self).__name__
+            for name, value in list(arguments.items()):
+                if name in known:
+                    continue
+                if name in _MOVED and not value:
+                    del arguments[name]  # another class's default, spelt out
+                    continue
+                raise unknown_argument(owner, name, known=known, moved=_MOVED)
             try:
                 super().__init__(**arguments)
             except ValidationError as exc:
-                raise ArgumentError(_refusal(type(self).__name__, exc)) from exc
+                raise refused_arguments(owner, exc.errors(include_url=False)) from exc
             self._core  # noqa: B018 - making the model is the check
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the numbers.
 
-        For the namespaces of caches. The weights count; the folder's place, the device and batch
-        sizes don't.
+        For the namespaces of caches. The weights count; the folder's place and batch sizes don't,
+        the device only through its dtype.
         """
         return self._core.fingerprint
 
@@ -199,16 +203,11 @@ class LocalModelComponent(BaseComponent):
         """Set a field, unless the model behind it was made with the old value."""
         field = type(self).model_fields.get(name)
         if field is not None and field.frozen:
-            msg = (
-                f"{name} of a {type(self).__name__} can't be changed, since its model was made "
-                f"with it: make another with model_copy(update={{{name!r}: ...}}), which shares "
-                "the weights where it can."
-            )
-            raise ArgumentError(msg)
+            raise fixed_argument(type(self).__name__, name)
         try:
             super().__setattr__(name, value)
         except ValidationError as exc:
-            raise ArgumentError(_refusal(type(self).__name__, exc)) from exc
+            raise refused_arguments(type(self).__name__, exc.errors(include_url=False)) from exc
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:  # noqa: ARG002
         """Make another component of the same fields; weights are shared, never copied.
@@ -254,25 +253,3 @@ class LocalModelComponent(BaseComponent):
         the pool starts another one for ever.
         """
         super().__init__(**state)
-
-
-def _unknown(owner: str, name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if name in _MOVED:
-        hint = f"{_MOVED[name]}."
-    elif close:
-        hint = f"did you mean {close[0]!r}?"
-    else:
-        hint = f"it takes {', '.join(sorted(known))}."
-    return f"{owner} has no argument {name!r}: {hint}"
-
-
-def _refusal(owner: str, error: ValidationError) -> str:
-    """Say on one line what pydantic says on several."""
-    said = []
-    for item in error.errors(include_url=False, include_context=False):
-        name = ".".join(map(str, item["loc"]))
-        hidden = name == "token" or item["type"] in ("missing", "no_such_attribute")
-        shown = "" if hidden else f", got {item['input']!r:.60}"
-        said.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}{shown}")
-    return f"{owner} can't take these arguments: {'; '.join(said)}."

@@ -16,6 +16,8 @@ from llama_index.core.instrumentation.events.embedding import (
     EmbeddingStartEvent,
 )
 
+from bge_core.tokens import check_text, check_texts
+
 __all__ = ["BatchedQueries"]
 
 dispatcher = get_dispatcher(__name__)
@@ -47,11 +49,11 @@ class BatchedQueries(BaseEmbedding):
 
     def get_query_embedding(self, query: str) -> Embedding:
         """Embed one query, with the instruction in front."""
-        return self._embed_queries([query])[0]
+        return self._embed_queries([check_text(query, "query")])[0]
 
     async def aget_query_embedding(self, query: str) -> Embedding:
         """Embed one query without blocking the event loop; see `get_query_embedding`."""
-        return (await self._aembed_queries([query]))[0]
+        return (await self._aembed_queries([check_text(query, "query")]))[0]
 
     def get_agg_embedding_from_queries(
         self, queries: list[str], agg_fn: Callable[..., Embedding] | None = None
@@ -66,6 +68,7 @@ class BatchedQueries(BaseEmbedding):
         return (agg_fn or mean_agg)(await self._aembed_queries(queries))
 
     def _embed_queries(self, queries: list[str]) -> list[Embedding]:
+        queries = check_texts(queries, "queries")
         if not queries:
             return []
         cache, found = self.embeddings_cache, dict[str, Embedding]()
@@ -85,6 +88,7 @@ class BatchedQueries(BaseEmbedding):
         return embeddings
 
     async def _aembed_queries(self, queries: list[str]) -> list[Embedding]:
+        queries = check_texts(queries, "queries")
         if not queries:
             return []
         cache, found = self.embeddings_cache, dict[str, Embedding]()

@@ -18,7 +18,8 @@ __all__ = ["BGEEmbedding"]
 class BGEEmbedding(LocalModelComponent, BatchedQueries):
     """BGE embeddings, or those of any encoder that sentence-transformers can save.
 
-    Queries get the checkpoint's instruction, documents never do. Arguments are keywords, each is
+    Queries get the checkpoint's instruction, documents none (llm-embedder's tasks and a
+    checkpoint's own document prompt excepted). Arguments are keywords, each is
     a field, and they are checked at once; weights load at first use and are shared with
     everything that names the same model, revision, device and dtype.
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -688,3 +689,33 @@ def test_a_folder_that_was_trained_further_is_another_model(en_folder, copy_of):
             assert np.abs(after.embed_documents(["a text"]) - old).max() > 1e-3
         assert before.fingerprint == old_print
         np.testing.assert_array_equal(before.embed_documents(["a text"]), old)
+
+
+def test_a_length_without_room_is_refused_every_time(en_folder):
+    with Embedder(en_folder, max_length=2) as embedder:
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="2 of them are special tokens. Pass 3 or more"):
+                embedder.embed_documents(["x"])
+
+
+def test_a_string_s_own_text_counts_whatever_it_prints(en_folder):
+    class Place(str, Enum):
+        FRANCE = "Paris"
+
+    with Embedder(en_folder) as embedder:
+        named, plain = embedder.embed_documents([Place.FRANCE, "Paris"])
+    np.testing.assert_array_equal(named, plain)
+
+
+def test_two_spellings_of_a_device_share_the_weights(en_folder):
+    with Embedder(en_folder, device="cpu") as one, Embedder(en_folder, device="cpu:0") as two:
+        assert one._loaded() is two._loaded()
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99"])
+def test_a_device_that_can_t_compute_is_a_sentence(en_folder, device):
+    with (
+        Embedder(en_folder, device=device) as embedder,
+        pytest.raises(ArgumentError, match=f"device='{device}' can't compute here"),
+    ):
+        embedder.embed_documents(["x"])

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,74 @@ def test_out_of_memory_goes_on_in_smaller_packs_that_are_remembered():
     assert values(made.submit(sequences(*lengths), lane="bulk")) == lengths
     assert max(sum(pack) for pack in runner.packs) <= 40
     assert len(runner.packs) <= 15
+
+
+def test_a_failed_pack_s_memory_is_let_go_before_its_parts_run():
+    alive: weakref.WeakSet[Activation] = weakref.WeakSet()
+    seen = []
+
+    class Greedy(Recorder):
+        def run(self, sequences):
+            seen.append(len(alive))
+            activation = Activation()
+            alive.add(activation)
+            return super().run(sequences)
+
+    made = engine(Greedy(most=20))
+    assert values(made.submit(sequences(*[10] * 8), lane="bulk")) == [10.0] * 8
+    assert max(seen) == 0
+
+
+class Activation:
+    """Stands for the tensors of a forward pass."""
+
+
+def test_padded_packs_of_several_callers_stay_within_the_budget():
+    runner = Recorder()
+    runner.padded = True
+    runner.gate.clear()
+    made = engine(runner)
+    first = made.submit(sequences(1), lane="query")
+    assert runner.begun.wait(10)
+    short = made.submit(sequences(*[2] * 30), lane="query")
+    long = made.submit(sequences(50, 40), lane="query")
+    runner.gate.set()
+    assert (values(first), values(short), values(long)) == ([1.0], [2.0] * 30, [50.0, 40.0])
+    assert all(max(pack) * len(pack) <= 100 for pack in runner.packs)
+
+
+def test_the_smallest_budget_of_those_who_share_a_pack_counts(held):
+    made, runner = held
+    small = made.submit(sequences(10, 10, 10), lane="query", budget=20)
+    large = made.submit(sequences(*[10] * 10), lane="query")
+    runner.gate.set()
+    assert values(small) == [10.0] * 3
+    assert values(large) == [10.0] * 10
+    assert any(sum(pack) > 20 for pack in runner.packs)
+
+
+def test_a_caller_s_own_jobs_follow_one_another():
+    runner = Recorder()
+    runner.gate.clear()
+    made = engine(runner)
+    first = made.submit(sequences(1), lane="bulk")
+    assert runner.begun.wait(10)
+    jobs = [made.submit(sequences(*[n] * 3), lane="bulk", caller="me") for n in (90, 80, 70)]
+    runner.gate.set()
+    assert values(first) == [1.0]
+    assert [values(job) for job in jobs] == [[90.0] * 3, [80.0] * 3, [70.0] * 3]
+    assert [pack[0] for pack in runner.packs[1:]] == [90] * 3 + [80] * 3 + [70] * 3
+
+
+@pytest.mark.parametrize("lane", ["query", "bulk"])
+def test_a_progress_bar_that_breaks_costs_its_own_caller_only(lane):
+    def broken(count):
+        raise BrokenPipeError
+
+    made = engine(Recorder())
+    with pytest.raises(BrokenPipeError):
+        made.submit(sequences(60, 60), lane=lane, progress=broken).result(10)
+    assert values(made.submit(sequences(5), lane=lane)) == [5.0]
 
 
 def test_one_text_that_does_not_fit_is_a_sentence():

@@ -26,7 +26,7 @@ def test_no_device_picks_the_best_one_of_this_machine():
 @pytest.mark.parametrize(
     ("cuda", "mps", "best", "dtype"),
     [
-        (True, True, "cuda", "float16"),
+        (True, True, "cuda:0", "float16"),
         (False, True, "mps", "float32"),
         (False, False, "cpu", "float32"),
     ],
@@ -34,6 +34,7 @@ def test_no_device_picks_the_best_one_of_this_machine():
 def test_cuda_comes_before_mps_before_cpu(monkeypatch, cuda, mps, best, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert resolved() == ((best,), dtype)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 import pickle
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -673,7 +674,7 @@ class RerankerContract:
         model = make(top_n=None, score_threshold=third)
         result = await call(model, "postprocess_nodes", nodes, query_str=self.query)
         assert result == [node for node in every if node.score >= third]
-        above = make(top_n=None, score_threshold=every[0].score + 1)
+        above = make(top_n=None, score_threshold=math.nextafter(every[0].score, math.inf))
         assert self.rank(above, nodes) == []
 
     # What comes in stays as it is
