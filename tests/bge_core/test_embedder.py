@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
 
 import numpy as np
 import pytest
@@ -694,16 +693,19 @@ def test_a_folder_that_was_trained_further_is_another_model(en_folder, copy_of):
 def test_a_length_without_room_is_refused_every_time(en_folder):
     with Embedder(en_folder, max_length=2) as embedder:
         for _ in range(2):
-            with pytest.raises(ArgumentError, match="2 of them are special tokens. Pass 3 or more"):
+            with pytest.raises(ArgumentError, match="2 of them are special tokens"):
                 embedder.embed_documents(["x"])
 
 
 def test_a_string_s_own_text_counts_whatever_it_prints(en_folder):
-    class Place(str, Enum):
-        FRANCE = "Paris"
+    class Place(str):
+        __slots__ = ()
+
+        def __str__(self):
+            return "a place"
 
     with Embedder(en_folder) as embedder:
-        named, plain = embedder.embed_documents([Place.FRANCE, "Paris"])
+        named, plain = embedder.embed_documents([Place("Paris"), "Paris"])
     np.testing.assert_array_equal(named, plain)
 
 

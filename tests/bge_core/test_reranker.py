@@ -226,9 +226,7 @@ async def test_threshold_and_top_n_hold_together(reranker, call):
     above = [item for item in everything if item[1] >= threshold]
     assert await call(reranker, "rank", QUERY, PASSAGES, **options) == above
     assert await call(reranker, "rank", QUERY, PASSAGES, score_threshold=1) == []
-    with pytest.raises(
-        ArgumentError, match=r"score_threshold=1.5 can't be reached.*normalize=False"
-    ):
+    with pytest.raises(ArgumentError, match="normalize=False"):
         await call(reranker, "rank", QUERY, PASSAGES, score_threshold=1.5)
     assert await call(reranker, "rank", QUERY, PASSAGES, score_threshold=0) == everything
 
