@@ -11,6 +11,7 @@ from bge_core.errors import (
     MissingExtraError,
     TruncationError,
 )
+from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
 from bge_core.reranker import Reranker
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "ComputationError",
     "Embedder",
     "InputTypeError",
+    "M3Embedder",
+    "M3Outputs",
+    "M3Weights",
     "MissingExtraError",
     "Reranker",
     "TruncationError",

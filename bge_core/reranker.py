@@ -15,7 +15,7 @@ from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError, InputTypeError
 from bge_core.local_model import LocalModel, not_finite
 from bge_core.placement import Placement
-from bge_core.tokens import check_text, check_texts
+from bge_core.tokens import check_pairs, check_text, check_texts
 
 if TYPE_CHECKING:
     import torch
@@ -159,13 +159,13 @@ class Reranker(LocalModel[Pair]):
             InputTypeError: An argument of the wrong type.
             TruncationError: A pair is too long and `on_truncation="error"`.
         """
-        return self._shown(self._logits(_checked_pairs(pairs), show_progress=show_progress))
+        return self._shown(self._logits(check_pairs(pairs), show_progress=show_progress))
 
     async def ascore_pairs(
         self, pairs: Iterable[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score_pairs`."""
-        checked = _checked_pairs(pairs)
+        checked = check_pairs(pairs)
         return self._shown(await self._alogits(checked, show_progress=show_progress))
 
     def rank(
@@ -282,18 +282,3 @@ class Reranker(LocalModel[Pair]):
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:
     query = check_text(query, "query")
     return [(query, passage) for passage in check_texts(passages, "passages")]
-
-
-def _checked_pairs(pairs: object) -> list[Pair]:
-    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
-        msg = f"pairs must be a list of (query, passage), got {type(pairs).__name__}."
-        raise InputTypeError(msg)
-    checked = []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            msg = f"pairs[{index}] must be (query, passage), got {pair!r:.60}."
-            raise InputTypeError(msg)
-        checked.append(
-            (check_text(pair[0], f"pairs[{index}][0]"), check_text(pair[1], f"pairs[{index}][1]"))
-        )
-    return checked

@@ -284,6 +284,8 @@ def m3_folder(models_dir: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         sparse, colbert = torch.nn.Linear(HIDDEN, 1), torch.nn.Linear(HIDDEN, HIDDEN)
+        # About half of the tokens get a weight above 0.
+        torch.nn.init.normal_(sparse.weight)
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
     torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
     return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=8192)
