@@ -13,6 +13,7 @@ from bge_core.errors import (
 )
 from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
 from bge_core.reranker import Reranker
+from bge_core.scorer import M3Reranker, Scorer, make_scorer
 
 __all__ = [
     "ArgumentError",
@@ -24,8 +25,11 @@ __all__ = [
     "InputTypeError",
     "M3Embedder",
     "M3Outputs",
+    "M3Reranker",
     "M3Weights",
     "MissingExtraError",
     "Reranker",
+    "Scorer",
     "TruncationError",
+    "make_scorer",
 ]

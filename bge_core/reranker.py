@@ -214,22 +214,8 @@ class Reranker(LocalModel[Pair]):
             ArgumentError: `top_n` is below 1, or no score can reach the threshold.
             InputTypeError: One of them is no number.
         """
-        if top_n is not None:
-            if isinstance(top_n, bool) or not isinstance(top_n, Integral):
-                msg = f"top_n must be a whole number or None for all, got {top_n!r}."
-                raise InputTypeError(msg)
-            if top_n < 1:
-                msg = f"top_n must be 1 or more, or None for all, got {top_n}."
-                raise ArgumentError(msg)
-        if score_threshold is None:
-            return
-        if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
-            msg = f"score_threshold must be a number or None, got {score_threshold!r}."
-            raise InputTypeError(msg)
-        if math.isnan(score_threshold):
-            msg = "score_threshold is NaN, which no score reaches: pass a number or None."
-            raise ArgumentError(msg)
-        if self._normalize and score_threshold > 1:
+        check_limits(top_n=top_n, score_threshold=score_threshold)
+        if score_threshold is not None and self._normalize and score_threshold > 1:
             msg = (
                 f"score_threshold={score_threshold} can't be reached: scores go from 0 to 1. Pass "
                 "normalize=False to compare raw logits, or 1 / (1 + exp(-threshold)) here."
@@ -271,12 +257,56 @@ class Reranker(LocalModel[Pair]):
         self, logits: NDArray[np.float32], top_n: int | None, score_threshold: float | None
     ) -> list[tuple[int, float]]:
         # By the logit: in float32 the sigmoid of everything above 17 is 1.
-        order = np.argsort(-logits, kind="stable").tolist()
-        scores = self._shown(logits).tolist()
-        ranked = [(index, scores[index]) for index in order]
-        if score_threshold is not None:
-            ranked = [(index, score) for index, score in ranked if score >= score_threshold]
-        return ranked[:top_n]
+        return rank_scores(
+            logits, self._shown(logits), top_n=top_n, score_threshold=score_threshold
+        )
+
+
+def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
+    """Refuse a `top_n` or a threshold that can't be meant, whatever the scores are.
+
+    Raises:
+        ArgumentError: `top_n` is below 1, or the threshold is NaN.
+        InputTypeError: One of them is no number.
+    """
+    if top_n is not None:
+        if isinstance(top_n, bool) or not isinstance(top_n, Integral):
+            msg = f"top_n must be a whole number or None for all, got {top_n!r}."
+            raise InputTypeError(msg)
+        if top_n < 1:
+            msg = f"top_n must be 1 or more, or None for all, got {top_n}."
+            raise ArgumentError(msg)
+    if score_threshold is None:
+        return
+    if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
+        msg = f"score_threshold must be a number or None, got {score_threshold!r}."
+        raise InputTypeError(msg)
+    if math.isnan(score_threshold):
+        msg = "score_threshold is NaN, which no score reaches: pass a number or None."
+        raise ArgumentError(msg)
+
+
+def rank_scores(
+    keys: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    *,
+    top_n: int | None,
+    score_threshold: float | None,
+) -> list[tuple[int, float]]:
+    """Give (index, score) as Python numbers, best first; equal ones keep their order.
+
+    Args:
+        keys: What is sorted by, [n].
+        scores: What is given, [n].
+        top_n: How many to give; None for all.
+        score_threshold: The least score to give, itself included; None for any.
+    """
+    order = np.argsort(-keys, kind="stable").tolist()
+    given = scores.tolist()
+    ranked = [(index, given[index]) for index in order]
+    if score_threshold is not None:
+        ranked = [(index, score) for index, score in ranked if score >= score_threshold]
+    return ranked[:top_n]
 
 
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -231,6 +231,23 @@ def call(request: pytest.FixtureRequest) -> Call:
         return await getattr(model, f"a{method}")(*args, **options)
 
     return run
+
+
+@pytest.fixture
+def passes() -> Iterator[list[int]]:
+    """Tokens of each forward pass of the m3 folder's model, whoever asked for it."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    counted: list[int] = []
+
+    def count(module: Any, args: Any) -> None:
+        # Other tables than the words' have as many rows as there are positions or types.
+        if type(module).__name__ == "Embedding" and module.num_embeddings not in (1, 8194):
+            counted.append(args[0].numel())
+
+    hook = register_module_forward_pre_hook(count)
+    yield counted
+    hook.remove()
 
 
 @pytest.fixture

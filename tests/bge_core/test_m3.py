@@ -303,12 +303,12 @@ CARD = [
     "What is BGE M3?",
     "Defination of BM25",
     (
-        "BGE M3 is an embedding model supporting dense retrieval, lexical matching and multi-vector "
-        "interaction."
+        "BGE M3 is an embedding model supporting dense retrieval, lexical matching and "
+        "multi-vector interaction."
     ),
     (
-        "BM25 is a bag-of-words retrieval function that ranks a set of documents based on the query "
-        "terms appearing in each document"
+        "BM25 is a bag-of-words retrieval function that ranks a set of documents based on the "
+        "query terms appearing in each document"
     ),
 ]
 
