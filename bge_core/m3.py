@@ -115,6 +115,11 @@ class M3Weights:
 class M3Outputs:
     """What `M3Embedder.encode` gives of n texts; None for what was not asked for.
 
+    Example:
+        >>> outputs = M3Outputs(sparse=[{6: 0.25}])
+        >>> outputs.dense is None, outputs.sparse[0][6]
+        (True, 0.25)
+
     Attributes:
         dense: [n, dimension] float32, unit length.
         sparse: Of each text, token id -> weight, as Python numbers; no weight is 0.
@@ -165,9 +170,11 @@ class M3Embedder(LocalModel[str]):
 
     Example:
         >>> embedder = M3Embedder("BAAI/bge-m3")
-        >>> encoded = embedder.encode(["Paris is in France.", "大熊猫是熊。"])
-        >>> encoded.dense.shape[0], sorted(map(type, encoded.sparse[0]))[0].__name__
-        (2, 'int')
+        >>> encoded = embedder.encode(["Paris is in France.", "大熊猫是熊。"], return_tokens=True)
+        >>> len(encoded.dense), len(encoded.sparse[1]) == len(encoded.tokens[1])
+        (2, True)
+        >>> embedder.score([("Where is Paris?", "Paris is in France.")]).shape
+        (1,)
     """
 
     def __init__(

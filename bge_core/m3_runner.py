@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["M3Row", "M3Runner"]
 
-logger = logging.getLogger(__name__)
-
 _DENSE: frozenset[Output] = frozenset({"dense"})
 _HALVES: frozenset[Output] = frozenset({"dense", "sparse"})
 
@@ -36,13 +32,13 @@ class M3Row(NamedTuple):
 
     Attributes:
         dense: The first token's hidden state, [hidden] float32, not normalised.
-        sparse: Distinct token ids [k] int64, special ones included, and the greatest weight of
+        sparse: Distinct token ids [k] int32, special ones included, and the greatest weight of
             each, [k] float32, above 0 (or NaN, for the caller to refuse).
         multi_vector: A unit vector of every token but the first, [tokens - 1, width] float32.
     """
 
     dense: NDArray[np.float32] | None = None
-    sparse: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+    sparse: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
     multi_vector: NDArray[np.float32] | None = None
 
 
@@ -84,7 +80,6 @@ class M3Runner(PackedRunner):
         # What two runners' numbers have in common: the same weights in the same format.
         self._model: Hashable = (checkpoint.digest(), dtype)
         self._layers: dict[Output, torch.nn.Linear | CheckpointError] = {}
-        self._loading = threading.Lock()
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32] | list[Any]:
@@ -171,15 +166,15 @@ class M3Runner(PackedRunner):
         return True
 
     def _layer(self, output: Output) -> torch.nn.Linear:
-        with self._loading:
-            head = self._layers.get(output)
-            if head is None:
-                try:
-                    head = load_head(self._checkpoint, output)
-                    head.to(self._device, getattr(torch, self._dtype))
-                except CheckpointError as exc:
-                    head = exc
-                self._layers[output] = head
+        # Two workers may load it at once: it is small, and either copy will do.
+        head = self._layers.get(output)
+        if head is None:
+            try:
+                head = load_head(self._checkpoint, output)
+                head.to(self._device, getattr(torch, self._dtype))
+            except CheckpointError as exc:
+                head = exc
+            self._layers[output] = head
         if isinstance(head, CheckpointError):
             raise head
         return head
@@ -207,14 +202,14 @@ def _shape(sequence: Tokens, row: M3Row) -> Any:
 
 def _strongest(
     ids: Sequence[int], weights: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Give each distinct id its greatest weight, and leave out those without one."""
     distinct, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
     strongest = np.zeros(len(distinct), dtype=np.float32)
     with np.errstate(invalid="ignore"):
         np.maximum.at(strongest, places, weights)
     kept = ~(strongest <= 0)  # so that NaN is kept, to be refused
-    return distinct[kept], strongest[kept]
+    return distinct[kept].astype(np.int32), strongest[kept]
 
 
 def _numpy(rows: Tensor) -> NDArray[np.float32]:

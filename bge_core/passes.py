@@ -7,6 +7,7 @@ same texts. One forward pass gives both, so the half that was not asked for is k
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import weakref
 from array import array
@@ -58,6 +59,10 @@ class PassMemo:
 
     def __init__(self, *, most: int = _MOST_BYTES) -> None:
         self._most = most
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Start over in a forked child, where a lock may stay locked for ever."""
         self._lock = threading.Lock()
         self._halves: OrderedDict[Hashable, Half] = OrderedDict()
         self._size = 0
@@ -137,3 +142,14 @@ def share_passes(name: Hashable) -> PassMemo:
 def find_passes(name: Hashable) -> PassMemo | None:
     """Give the memo of a model's name, if somebody wants passes shared."""
     return _memos.get(name)
+
+
+def _in_child() -> None:
+    global _making  # noqa: PLW0603 -- a lock that another thread held at the fork stays locked
+    _making = threading.Lock()
+    for memo in list(_memos.values()):
+        memo.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -377,6 +377,20 @@ async def test_two_halves_of_one_m3_embedder_take_one_pass(call, m3_folder, comp
         assert computed.tokens == tokens
 
 
+def test_devices_share_what_passes_leave(m3_folder, computed):
+    texts = [f"{text} {n}" for n in range(20) for text in TEXTS]
+    devices = ["cpu", "cpu:0"]
+    with (
+        M3Embedder(m3_folder, share_passes=True, device=devices, batch_tokens=64) as m3,
+        Embedder(m3_folder, device=devices, batch_tokens=64) as dense,
+    ):
+        dense.embed_documents(texts)
+        tokens = computed.tokens
+        m3.encode(texts, dense=False)
+        assert len(computed.threads) == 2
+        assert computed.tokens == tokens
+
+
 def test_other_texts_and_other_cuts_are_computed(m3_folder, computed, reference):
     texts = ["panda " * 30, "cat"]
     with (
