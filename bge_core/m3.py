@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bge_core.checkpoint import Source, gives_m3, no_head
+from bge_core.checkpoint import Source, gives_m3, load_head, no_head
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.local_model import Call, LocalModel, not_finite
 from bge_core.passes import Ask, PassMemo, share_passes
@@ -372,11 +372,12 @@ class M3Embedder(LocalModel[str]):
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration only."""
         state = super().__getstate__()
-        del state["_memo"]
+        del state["_memo"], state["_checked"]
         return state
 
     def _start(self) -> None:
         super()._start()
+        self._checked: frozenset[Output] = frozenset()
         self._memo = share_passes(self._source.name) if self._share else None
 
     def _check_make(self) -> None:
@@ -414,19 +415,20 @@ class M3Embedder(LocalModel[str]):
         return _Scoring(pairs, weights, self._read)
 
     def _check_heads(self, call: Call[str]) -> None:
+        """Refuse a missing or damaged layer here: in a worker it would fail its whole pack."""
         _check_make(self.checkpoint)
-        if call.ask is not None:
-            self.require(*sorted(call.ask.outputs))
+        for output in sorted(_outputs(call) - self._checked):
+            if output != "dense":
+                load_head(self.checkpoint, output)
+            self._checked |= {output}
 
     async def _acheck_heads(self, call: Call[str]) -> None:
-        if self._checkpoint is None:
-            # A hub id may be downloaded to be looked at.
+        if not _outputs(call) <= self._checked:
+            # A hub id may be downloaded, and files are read.
             await asyncio.to_thread(self._check_heads, call)
-        else:
-            self._check_heads(call)
 
     def _outputs(self, call: Call[str], *, return_tokens: bool) -> M3Outputs:
-        outputs = call.ask.outputs if call.ask is not None else frozenset()
+        outputs = _outputs(call)
         read = [self._read(row, call.items[place]) for place, row in enumerate(call.rows)]
         texts = [read[place] for place in call.places]
         dense = sparse = multi_vector = None
@@ -534,6 +536,10 @@ class _Scoring(Call[str]):
         given = {output: weight for output, weight in self._weights.items() if weight}
         total = sum(weight * scores[output]() for output, weight in given.items())
         return total / sum(given.values())
+
+
+def _outputs(call: Call[str]) -> frozenset[Output]:
+    return call.ask.outputs if call.ask is not None else frozenset()
 
 
 def _check_make(checkpoint: Checkpoint) -> None:

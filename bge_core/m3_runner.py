@@ -94,7 +94,8 @@ class M3Runner(PackedRunner):
         """
         if all(sequence.ask is None for sequence in sequences):
             return super().run(sequences)
-        rows = {place: row for place, one in enumerate(sequences) if (row := self._taken(one))}
+        taken = {place: self._taken(sequence) for place, sequence in enumerate(sequences)}
+        rows = {place: row for place, row in taken.items() if row is not None}
         missing = [place for place in range(len(sequences)) if place not in rows]
         if missing:
             computed = self._computed([sequences[place] for place in missing])

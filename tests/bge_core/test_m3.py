@@ -581,15 +581,18 @@ def _pickle(path):
 
 @pytest.mark.parametrize("damage", [_cut, _reshape, _rename, _pickle])
 async def test_a_damaged_file_is_refused_and_dense_vectors_are_not(
-    call, m3_folder, copy_of, reference, output, damage
+    call, m3_folder, copy_of, reference, computed, output, damage
 ):
     folder = copy_of(m3_folder)
     damage(folder / FILES[output])
     with M3Embedder(folder, share_passes=True) as embedder, Embedder(folder) as dense:
         vectors = await call(dense, "embed_documents", TEXTS)
+        computed.passes.clear()
         for _ in range(2):
             with pytest.raises(CheckpointError, match=FILES[output]):
                 await call(embedder, "encode", ["a"], **ALONE[output])
+    # It was refused before it came into a pack with others.
+    assert not computed.passes
     np.testing.assert_allclose(vectors, [reference(text)[0] for text in TEXTS], atol=1e-5)
 
 
