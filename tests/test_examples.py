@@ -1,4 +1,4 @@
-"""The examples: the demo on a small folder, its reranker, how quality is measured, and hybrid search."""
+"""The examples: the demo on a small folder, its reranker, its measure, and hybrid search."""
 
 from __future__ import annotations
 
