@@ -11,7 +11,9 @@ from bge_core.errors import (
     MissingExtraError,
     TruncationError,
 )
+from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
 from bge_core.reranker import Reranker
+from bge_core.scorer import M3Reranker, Scorer, make_scorer
 
 __all__ = [
     "ArgumentError",
@@ -21,7 +23,13 @@ __all__ = [
     "ComputationError",
     "Embedder",
     "InputTypeError",
+    "M3Embedder",
+    "M3Outputs",
+    "M3Reranker",
+    "M3Weights",
     "MissingExtraError",
     "Reranker",
+    "Scorer",
     "TruncationError",
+    "make_scorer",
 ]

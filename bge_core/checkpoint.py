@@ -16,23 +16,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bge_core.errors import CheckpointError, InputTypeError
-from bge_core.profiles import PROFILES, Profile, find_profile
+from bge_core.profiles import PROFILES, Output, Profile, find_profile
 from bge_core.tokens import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 __all__ = [
+    "HEADS",
     "Checkpoint",
     "Source",
     "check_kind",
     "check_profile",
+    "gives_m3",
+    "load_head",
     "load_model",
     "load_tokenizer",
     "locate",
+    "no_head",
     "read",
     "without_bars",
 ]
@@ -40,6 +46,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Kind = Literal["embedder", "reranker"]
+
+HEADS: Mapping[Output, str] = MappingProxyType(
+    {"sparse": "sparse_linear.pt", "multi_vector": "colbert_linear.pt"}
+)
+"""An output of bge-m3 beside the dense vector -> the file of the layer that makes it."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _DIGESTED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".py")
@@ -121,6 +132,11 @@ class Source:
         )
 
     @property
+    def name(self) -> tuple[str | None, ...]:
+        """What tells one checkpoint from another before anything of it is read."""
+        return self.model, self.revision, self.cache_folder
+
+    @property
     def is_local(self) -> bool:
         """Whether the model is a folder on this machine."""
         return Path(self.model).is_dir()
@@ -148,6 +164,7 @@ class Checkpoint:
         pad: The padding token's id.
         lower_case: Texts are lower-cased before the tokenizer.
         prompts: Its own prompts by name (config_sentence_transformers.json).
+        heads: Outputs of bge-m3 that it has a file for (`HEADS`).
     """
 
     name: str
@@ -165,6 +182,7 @@ class Checkpoint:
     pad: int
     lower_case: bool
     prompts: Mapping[str, str]
+    heads: frozenset[Output]
 
     def digest(self) -> str:
         """Hash what is in the folder, for fingerprints: the same on every machine.
@@ -288,6 +306,7 @@ def read(source: Source, folder: Path) -> Checkpoint:
         pad=pad,
         lower_case=bool(reading.values.get("do_lower_case")),
         prompts=_prompts(_File(folder / "config_sentence_transformers.json")),
+        heads=frozenset(output for output, name in HEADS.items() if (folder / name).is_file()),
     )
 
 
@@ -331,6 +350,21 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
             "trained, or save it with sentence-transformers, which writes modules.json."
         )
         raise CheckpointError(msg)
+
+
+def gives_m3(checkpoint: Checkpoint, pooling: str | None) -> bool:
+    """Say whether a checkpoint is one of bge-m3's make, from whose pass all outputs come.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        pooling: The rows that make the dense vector.
+    """
+    return (
+        checkpoint.family == "xlm-roberta"
+        and checkpoint.plain
+        and not checkpoint.labels
+        and pooling == "cls"
+    )
 
 
 def check_profile(profile: Profile | None, kind: Kind, name: str) -> None:
@@ -381,7 +415,13 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
             f"{checkpoint.body} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
         raise CheckpointError(msg)
-    return Tokenizer(loaded.backend_tokenizer, pad=checkpoint.pad, lower_case=checkpoint.lower_case)
+    marks = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
+    return Tokenizer(
+        loaded.backend_tokenizer,
+        pad=checkpoint.pad,
+        lower_case=checkpoint.lower_case,
+        marks={mark for mark in marks if mark is not None},
+    )
 
 
 def load_model(
@@ -429,6 +469,53 @@ def load_model(
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model  # type: ignore[no-any-return]
+
+
+def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:
+    """Load one of bge-m3's further layers, onto the CPU; never a random one.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        output: `"sparse"` or `"multi_vector"`.
+
+    Returns:
+        A layer from the encoder's width to 1, or to the width of a token's vector.
+
+    Raises:
+        CheckpointError: Its file is missing, damaged or of another shape.
+    """
+    import torch
+
+    path = checkpoint.folder / HEADS[output]
+    if output not in checkpoint.heads:
+        raise no_head(checkpoint, output)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weight, bias = state["weight"].float(), state["bias"].float()
+    except Exception as exc:
+        raise _unreadable(checkpoint, f"layer {path.name}", exc) from exc
+    width = 1 if output == "sparse" else weight.shape[0]
+    expected = ([width, checkpoint.hidden_size], [width])
+    if (list(weight.shape), list(bias.shape)) != expected:
+        msg = (
+            f"{path} is of another model: a weight of {expected[0]} and a bias of {expected[1]} "
+            f"were expected, it has {list(weight.shape)} and {list(bias.shape)}. Fetch the "
+            "checkpoint again."
+        )
+        raise CheckpointError(msg)
+    head = torch.nn.Linear(checkpoint.hidden_size, width)
+    head.weight, head.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    return head.eval().requires_grad_(requires_grad=False)
+
+
+def no_head(checkpoint: Checkpoint, output: Output) -> CheckpointError:
+    """Say that a checkpoint lacks the file of an output."""
+    msg = (
+        f"{checkpoint.name!r} has no {HEADS[output]} in {checkpoint.folder}, so it can't give "
+        f"{output.replace('_', '-')} outputs: random numbers in its place would be noise. Take the "
+        "file from BAAI/bge-m3 if the model was not trained further, or ask for dense alone."
+    )
+    return CheckpointError(msg)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError
 from bge_core.local_model import LocalModel, not_finite
+from bge_core.passes import Ask, find_passes
 from bge_core.placement import Placement
 from bge_core.profiles import Profile, TaskInstruction, find_profile
 from bge_core.tokens import check_text, check_texts
@@ -242,6 +243,11 @@ class Embedder(LocalModel[str]):
         self, tokenizer: Tokenizer, items: Sequence[str]
     ) -> tuple[list[Tokens], list[bool]]:
         return tokenizer.encode(items, max_length=self.max_length)
+
+    def _ask(self) -> Ask | None:
+        # Whoever wants bge-m3's sparse output of the same texts shall need no second pass.
+        memo = find_passes(self._source.name)
+        return None if memo is None else Ask(memo=memo)
 
     def _profile(self) -> Profile | None:
         # A published hub id is known without looking at its files.

@@ -314,8 +314,8 @@ class Engine:
             progress: Called in a worker with the number of sequences done.
 
         Returns:
-            A future of one float32 row a sequence, in order. Cancelling it drops what has not
-            been computed.
+            A future of one row a sequence, in order, as the runner gives it. Cancelling it drops
+            what has not been computed.
 
         Raises:
             ClosedError: The engine was closed.

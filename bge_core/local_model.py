@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from numbers import Integral
 from types import TracebackType
@@ -35,10 +37,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bge_core.engine import Engine, Lane, Rows
+    from bge_core.passes import Ask
     from bge_core.runner import Runner
     from bge_core.tokens import Tokenizer
 
-__all__ = ["LocalModel", "not_finite", "progress_bar"]
+__all__ = ["Call", "LocalModel", "not_finite", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 
@@ -304,6 +307,10 @@ class LocalModel(ABC, Generic[Item]):
     ) -> tuple[list[Tokens], list[bool]]:
         """Tokenise items; says of each whether it was cut."""
 
+    def _ask(self) -> Ask | None:
+        """Say what is asked for beside a plain row; nothing of most models."""
+        return None
+
     def _compute(
         self, items: Sequence[Item], *, lane: Lane, show_progress: bool = False
     ) -> NDArray[np.float32] | None:
@@ -320,7 +327,12 @@ class LocalModel(ABC, Generic[Item]):
         self._check_open()
         if not items:
             return None
-        call = _Call(items)
+        call = Call(items, ask=self._ask())
+        self._fill(call, lane=lane, show_progress=show_progress)
+        return call.stacked()
+
+    def _fill(self, call: Call[Item], *, lane: Lane, show_progress: bool = False) -> None:
+        """Compute a call's items and hand it their rows; `_compute` is this for plain rows."""
         engine = self._loaded()
         ahead: deque[Future[Rows]] = deque()
         with progress_bar(len(call.items), show=show_progress) as progress:
@@ -328,14 +340,13 @@ class LocalModel(ABC, Generic[Item]):
                 for sequences in self._slices(engine.tokenizer, call):
                     ahead.append(self._submit(engine, call, sequences, lane, progress))
                     if len(ahead) > _SLICES_AHEAD:
-                        call.rows += self._wait(ahead.popleft())
+                        call.take(self._wait(ahead.popleft()))
                 while ahead:
-                    call.rows += self._wait(ahead.popleft())
+                    call.take(self._wait(ahead.popleft()))
             finally:
                 for future in ahead:
                     future.cancel()
         self._report(call)
-        return call.outcome()
 
     async def _acompute(
         self, items: Sequence[Item], *, lane: Lane, show_progress: bool = False
@@ -344,9 +355,16 @@ class LocalModel(ABC, Generic[Item]):
         self._check_open()
         if not items:
             return None
-        # A short query is tokenised in less time than a thread takes to be woken.
+        make = partial(Call, items, ask=self._ask())
         small = _is_small(items)
-        call = _Call(items) if small else await asyncio.to_thread(_Call, items)
+        call = make() if small else await asyncio.to_thread(make)
+        await self._afill(call, lane=lane, show_progress=show_progress)
+        return call.stacked() if small else await asyncio.to_thread(call.stacked)
+
+    async def _afill(self, call: Call[Item], *, lane: Lane, show_progress: bool = False) -> None:
+        """Do as `_fill` does, without ever blocking the event loop."""
+        # A short query is tokenised in less time than a thread takes to be woken.
+        small = _is_small(call.items)
         engine = self._engine
         if engine is None:
             engine = await asyncio.to_thread(self._loaded)
@@ -359,26 +377,39 @@ class LocalModel(ABC, Generic[Item]):
                 ):
                     ahead.append(self._submit(engine, call, sequences, lane, progress))
                     if len(ahead) > _SLICES_AHEAD:
-                        call.rows += await self._await(ahead.popleft())
+                        await self._hand_over(call, ahead.popleft(), inline=small)
                 while ahead:
-                    call.rows += await self._await(ahead.popleft())
+                    await self._hand_over(call, ahead.popleft(), inline=small)
             finally:
                 for future in ahead:
                     future.cancel()
         self._report(call)
-        return call.outcome() if small else await asyncio.to_thread(call.outcome)
 
-    def _slices(self, tokenizer: Tokenizer, call: _Call[Item]) -> Iterator[list[Tokens]]:
+    async def _hand_over(self, call: Call[Item], future: Future[Rows], *, inline: bool) -> None:
+        rows = await self._await(future)
+        if inline:
+            call.take(rows)
+        else:
+            await asyncio.to_thread(call.take, rows)
+
+    def _slices(self, tokenizer: Tokenizer, call: Call[Item]) -> Iterator[list[Tokens]]:
         """Tokenise slice by slice; all at once where a text that is too long is an error."""
-        size = len(call.items) if self._on_truncation == "error" else _SLICE
-        for start in range(0, len(call.items), size):
-            sequences, cut = self._encode(tokenizer, call.items[start : start + size])
-            call.cut += cut
-            if self._on_truncation == "error":
-                self._report(call)
+        strict = self._on_truncation == "error"
+        whole: list[Tokens] = []
+        if strict:
+            whole, call.cut = self._encode(tokenizer, call.items)
+            self._report(call)
+        for part in call.slices():
+            if strict:
+                sequences = whole[part]
+            else:
+                sequences, cut = self._encode(tokenizer, call.items[part])
+                call.cut += cut
+            if call.ask is not None:
+                sequences = [replace(sequence, ask=call.ask) for sequence in sequences]
             yield sequences
 
-    def _report(self, call: _Call[Item]) -> None:
+    def _report(self, call: Call[Item]) -> None:
         report_truncation(
             what="texts" if self._kind == "embedder" else "pairs",
             cut=sum(call.cut[place] for place in call.places),
@@ -391,7 +422,7 @@ class LocalModel(ABC, Generic[Item]):
     def _submit(
         self,
         engine: Engine,
-        call: _Call[Item],
+        call: Call[Item],
         sequences: Sequence[Tokens],
         lane: Lane,
         progress: Callable[[int], None] | None,
@@ -429,22 +460,33 @@ class LocalModel(ABC, Generic[Item]):
         return ClosedError(msg)
 
 
-class _Call(Generic[Item]):
+class Call(Generic[Item]):
     """One call's items, each distinct one once, and what has come of them.
 
     Args:
         items: All items, in order.
+        ask: What is asked for each of them beside a plain row.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[Item], *, ask: Ask | None = None) -> None:
         index: dict[Item, int] = {}
         self.places = [index.setdefault(item, len(index)) for item in items]
         self.items: list[Item] = list(index)
+        self.ask = ask
         self.cut: list[bool] = []
         self.rows: Rows = []
 
-    def outcome(self) -> NDArray[np.float32]:
-        """Give a row for each of all items, in order."""
+    def slices(self) -> Iterator[slice]:
+        """Say which items are tokenised and submitted together, in order."""
+        for start in range(0, len(self.items), _SLICE):
+            yield slice(start, start + _SLICE)
+
+    def take(self, rows: Rows) -> None:
+        """Take the rows of the next slice."""
+        self.rows += rows
+
+    def stacked(self) -> NDArray[np.float32]:
+        """Give a row for each of all items, in order, [n, width]."""
         rows: NDArray[np.float32] = np.stack(self.rows)
         self.rows.clear()
         return rows if len(self.items) == len(self.places) else rows[self.places]

@@ -34,7 +34,7 @@ try:
 except ImportError:  # an older torch: one call a run on every device
     _varlen_attention = None
 
-__all__ = ["PACKED_ATTENTION", "Pack", "fill", "first_rows_of_layer"]
+__all__ = ["PACKED_ATTENTION", "Pack", "all_rows_of_layer", "fill", "first_rows_of_layer"]
 
 PACKED_ATTENTION = "bge_packed"
 """The name under which transformers finds the packed attention."""
@@ -275,6 +275,23 @@ def _takes_varlen(query: Tensor) -> bool:
         # Flash attention, which it is, needs an Ampere card or a newer one.
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+def all_rows_of_layer(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
+    """Run a BERT-style last layer for every token, where more than the first is read.
+
+    Args:
+        layer: As in `first_rows_of_layer`.
+        hidden: [tokens, hidden], what the layer before gave.
+        pack: The boundaries.
+
+    Returns:
+        [tokens, hidden].
+    """
+    out: Any = layer(hidden[None], None, pack=pack)
+    # transformers 4 gives a tuple.
+    rows: Tensor = (out[0] if isinstance(out, tuple) else out)[0]
+    return rows
 
 
 def _split(rows: Tensor, run: Run) -> Tensor:

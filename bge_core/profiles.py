@@ -13,10 +13,11 @@ from pathlib import PurePath
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["PROFILES", "Profile", "TaskInstruction", "find_profile"]
+__all__ = ["PROFILES", "Output", "Profile", "TaskInstruction", "find_profile"]
 
 Kind = Literal["embedder", "reranker"]
 Pooling = Literal["cls", "mean", "last"]
+Output = Literal["dense", "sparse", "multi_vector"]
 
 _EN = "Represent this sentence for searching relevant passages: "
 _ZH = "为这个句子生成表示以用于检索相关文章："
@@ -49,6 +50,8 @@ class Profile:
         max_length: Tokens that the model can take, special ones included.
         dimension: Length of a dense vector; None for a reranker.
         pooling: Which rows of the last layer make the vector; None for a reranker.
+        outputs: What an embedder gives of a text: a dense vector, and of bge-m3 a weight a token
+            (sparse) and a vector a token; empty for a reranker.
         query_instruction: The model card's instruction; `""` where it wants none.
         query_format: How instruction and query are joined.
         tasks: llm-embedder's instructions by task; empty elsewhere.
@@ -64,6 +67,7 @@ class Profile:
     max_length: int
     dimension: int | None = None
     pooling: Pooling | None = None
+    outputs: tuple[Output, ...] = ("dense",)
     query_instruction: str = ""
     query_format: str = "{instruction}{query}"
     tasks: Mapping[str, TaskInstruction] = field(default_factory=lambda: MappingProxyType({}))
@@ -97,7 +101,9 @@ def _bert(
     )
 
 
-def _m3(name: str, refusal: str | None = None) -> Profile:
+def _m3(
+    name: str, *, outputs: tuple[Output, ...] = ("dense",), refusal: str | None = None
+) -> Profile:
     return Profile(
         id=f"BAAI/{name}",
         kind="embedder",
@@ -106,6 +112,7 @@ def _m3(name: str, refusal: str | None = None) -> Profile:
         max_length=8192,
         dimension=1024,
         pooling="cls",
+        outputs=outputs,
         refusal=refusal,
     )
 
@@ -154,6 +161,7 @@ def _reranker(
         family=family,
         languages=languages,
         max_length=max_length,
+        outputs=(),
         licence=licence,
         licence_note=licence_note,
         refusal=refusal,
@@ -214,7 +222,7 @@ _ROWS: tuple[Profile, ...] = (
         query_instruction=_LLM_EMBEDDER_TASKS["qa"].query,
         tasks=_LLM_EMBEDDER_TASKS,
     ),
-    _m3("bge-m3"),
+    _m3("bge-m3", outputs=("dense", "sparse", "multi_vector")),
     _m3("bge-m3-unsupervised"),
     _m3(
         "bge-m3-retromae",

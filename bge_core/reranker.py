@@ -15,7 +15,7 @@ from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError, InputTypeError
 from bge_core.local_model import LocalModel, not_finite
 from bge_core.placement import Placement
-from bge_core.tokens import check_text, check_texts
+from bge_core.tokens import check_pairs, check_text, check_texts
 
 if TYPE_CHECKING:
     import torch
@@ -159,13 +159,13 @@ class Reranker(LocalModel[Pair]):
             InputTypeError: An argument of the wrong type.
             TruncationError: A pair is too long and `on_truncation="error"`.
         """
-        return self._shown(self._logits(_checked_pairs(pairs), show_progress=show_progress))
+        return self._shown(self._logits(check_pairs(pairs), show_progress=show_progress))
 
     async def ascore_pairs(
         self, pairs: Iterable[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score_pairs`."""
-        checked = _checked_pairs(pairs)
+        checked = check_pairs(pairs)
         return self._shown(await self._alogits(checked, show_progress=show_progress))
 
     def rank(
@@ -214,22 +214,8 @@ class Reranker(LocalModel[Pair]):
             ArgumentError: `top_n` is below 1, or no score can reach the threshold.
             InputTypeError: One of them is no number.
         """
-        if top_n is not None:
-            if isinstance(top_n, bool) or not isinstance(top_n, Integral):
-                msg = f"top_n must be a whole number or None for all, got {top_n!r}."
-                raise InputTypeError(msg)
-            if top_n < 1:
-                msg = f"top_n must be 1 or more, or None for all, got {top_n}."
-                raise ArgumentError(msg)
-        if score_threshold is None:
-            return
-        if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
-            msg = f"score_threshold must be a number or None, got {score_threshold!r}."
-            raise InputTypeError(msg)
-        if math.isnan(score_threshold):
-            msg = "score_threshold is NaN, which no score reaches: pass a number or None."
-            raise ArgumentError(msg)
-        if self._normalize and score_threshold > 1:
+        check_limits(top_n=top_n, score_threshold=score_threshold)
+        if score_threshold is not None and self._normalize and score_threshold > 1:
             msg = (
                 f"score_threshold={score_threshold} can't be reached: scores go from 0 to 1. Pass "
                 "normalize=False to compare raw logits, or 1 / (1 + exp(-threshold)) here."
@@ -271,29 +257,58 @@ class Reranker(LocalModel[Pair]):
         self, logits: NDArray[np.float32], top_n: int | None, score_threshold: float | None
     ) -> list[tuple[int, float]]:
         # By the logit: in float32 the sigmoid of everything above 17 is 1.
-        order = np.argsort(-logits, kind="stable").tolist()
-        scores = self._shown(logits).tolist()
-        ranked = [(index, scores[index]) for index in order]
-        if score_threshold is not None:
-            ranked = [(index, score) for index, score in ranked if score >= score_threshold]
-        return ranked[:top_n]
+        return rank_scores(
+            logits, self._shown(logits), top_n=top_n, score_threshold=score_threshold
+        )
+
+
+def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
+    """Refuse a `top_n` or a threshold that can't be meant, whatever the scores are.
+
+    Raises:
+        ArgumentError: `top_n` is below 1, or the threshold is NaN.
+        InputTypeError: One of them is no number.
+    """
+    if top_n is not None:
+        if isinstance(top_n, bool) or not isinstance(top_n, Integral):
+            msg = f"top_n must be a whole number or None for all, got {top_n!r}."
+            raise InputTypeError(msg)
+        if top_n < 1:
+            msg = f"top_n must be 1 or more, or None for all, got {top_n}."
+            raise ArgumentError(msg)
+    if score_threshold is None:
+        return
+    if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
+        msg = f"score_threshold must be a number or None, got {score_threshold!r}."
+        raise InputTypeError(msg)
+    if math.isnan(score_threshold):
+        msg = "score_threshold is NaN, which no score reaches: pass a number or None."
+        raise ArgumentError(msg)
+
+
+def rank_scores(
+    keys: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    *,
+    top_n: int | None,
+    score_threshold: float | None,
+) -> list[tuple[int, float]]:
+    """Give (index, score) as Python numbers, best first; equal ones keep their order.
+
+    Args:
+        keys: What is sorted by, [n].
+        scores: What is given, [n].
+        top_n: How many to give; None for all.
+        score_threshold: The least score to give, itself included; None for any.
+    """
+    order = np.argsort(-keys, kind="stable").tolist()
+    given = scores.tolist()
+    ranked = [(index, given[index]) for index in order]
+    if score_threshold is not None:
+        ranked = [(index, score) for index, score in ranked if score >= score_threshold]
+    return ranked[:top_n]
 
 
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:
     query = check_text(query, "query")
     return [(query, passage) for passage in check_texts(passages, "passages")]
-
-
-def _checked_pairs(pairs: object) -> list[Pair]:
-    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
-        msg = f"pairs must be a list of (query, passage), got {type(pairs).__name__}."
-        raise InputTypeError(msg)
-    checked = []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            msg = f"pairs[{index}] must be (query, passage), got {pair!r:.60}."
-            raise InputTypeError(msg)
-        checked.append(
-            (check_text(pair[0], f"pairs[{index}][0]"), check_text(pair[1], f"pairs[{index}][1]"))
-        )
-    return checked

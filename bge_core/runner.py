@@ -1,4 +1,4 @@
-"""What executes a pack: tokens in, one row of float32 numbers a sequence out."""
+"""What executes a pack: tokens in, one row a sequence out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from bge_core.checkpoint import Checkpoint, Kind, load_model, without_bars
+from bge_core.checkpoint import Checkpoint, Kind, gives_m3, load_model, without_bars
 from bge_core.errors import CheckpointError
 from bge_core.packing import PACKED_ATTENTION, Pack, first_rows_of_layer
 from bge_core.tokens import Tokens
@@ -40,8 +40,8 @@ class Runner(Protocol):
     default_budget: int
     """Tokens a pack may have unless the user says otherwise."""
 
-    def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32]:
-        """Compute one row a sequence, [n, width] float32."""
+    def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32] | list[Any]:
+        """Compute one row a sequence: [n, width] float32, or a list of what was asked for."""
         ...
 
 
@@ -79,13 +79,21 @@ class PackedRunner:
         self.default_budget = _default_budget(encoder, device)
 
     @torch.inference_mode()
-    def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32]:
+    def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32] | list[Any]:
         """Compute one row a sequence, [n, width] float32."""
         pack = Pack(sequences, self._device, self._padding_position)
+        return self._outcome(self._hidden(pack), pack)
+
+    def _hidden(self, pack: Pack) -> Tensor:
+        """Run the encoder, [tokens, hidden]; without its last layer if that was taken out."""
         inputs = pack.inputs()
         if not self._takes_types:
             del inputs["token_type_ids"]
-        hidden = self._encoder(**inputs, pack=pack)[0][0]
+        hidden: Tensor = self._encoder(**inputs, pack=pack)[0][0]
+        return hidden
+
+    def _outcome(self, hidden: Tensor, pack: Pack) -> NDArray[np.float32]:
+        """Make one row a sequence of what the encoder gave, [n, width] float32."""
         if self._last_layer is None:
             rows = self._pool(hidden, pack)
         else:
@@ -163,6 +171,13 @@ def load_runner(
     encoder = model if kind == "embedder" else model.base_model
     head = _same if kind == "embedder" else _classifier(model)
     if head is not None and _runs_packed(encoder, checkpoint, place):
+        if gives_m3(checkpoint, pooling):
+            from bge_core.m3_runner import M3Runner
+
+            last = _take_last_layer(encoder, checkpoint, "cls")
+            return M3Runner(
+                encoder, last_layer=last, checkpoint=checkpoint, dtype=dtype, device=place
+            )
         return PackedRunner(
             encoder,
             _POOLS[pooling or "cls"],
@@ -281,7 +296,7 @@ def _runs_packed(encoder: Any, checkpoint: Checkpoint, device: torch.device) -> 
             padding_position=checkpoint.padding_position,
         )
         short, long = Tokens([5, 6, 7], 3), Tokens([7, 8, 9, 6, 5], 5)
-        together = runner.run([short, long])
+        together = np.asarray(runner.run([short, long]))
         apart = np.concatenate([runner.run([short]), runner.run([long])])
         encoder.set_attn_implementation(before)
         with torch.inference_mode():

@@ -17,11 +17,14 @@ from bge_core.errors import ArgumentError, InputTypeError, TruncationError
 if TYPE_CHECKING:
     import tokenizers
 
+    from bge_core.passes import Ask
+
 __all__ = [
     "OnTruncation",
     "Tokenizer",
     "Tokens",
     "check_on_truncation",
+    "check_pairs",
     "check_text",
     "check_texts",
     "report_truncation",
@@ -40,10 +43,12 @@ class Tokens:
         ids: Token ids with special tokens, cut to `max_length`.
         second: Index at which the second segment of a pair begins (token type 1); `len(ids)`
             for a single text and for models without token types.
+        ask: What bge-m3 is asked for; None for what every model gives.
     """
 
     ids: list[int]
     second: int
+    ask: Ask | None = None
 
     def __len__(self) -> int:
         """Count the tokens, special ones included."""
@@ -60,16 +65,24 @@ class Tokenizer:
             tokens: a model needs at least one.
         lower_case: Whether the checkpoint asks for lower-cased text before the tokenizer
             (`do_lower_case` in sentence_bert_config.json).
+        marks: Ids of the first, the last, the padding and the unknown token, which stand for no
+            word of a text.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, pad: int = 0, lower_case: bool = False
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        pad: int = 0,
+        lower_case: bool = False,
+        marks: AbstractSet[int] = frozenset(),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._pad = pad
         self._lower_case = lower_case
+        self.marks = frozenset(marks)
         single = backend.encode("a")
         self._prefix, self._suffix = _around(single.ids, single.special_tokens_mask)
         pair = backend.encode("a", "a")
@@ -220,6 +233,27 @@ def check_texts(texts: object, argument: str) -> list[str]:
         msg = f"{argument} must be a list of str, got {_kind(texts)}."
         raise InputTypeError(msg)
     return [check_text(text, f"{argument}[{index}]") for index, text in enumerate(texts)]
+
+
+def check_pairs(pairs: object) -> list[tuple[str, str]]:
+    """Refuse what is no list of pairs of texts.
+
+    Raises:
+        InputTypeError: It is no list, or an item is no pair of str.
+        ArgumentError: A text with a lone surrogate.
+    """
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        msg = f"pairs must be a list of (query, passage), got {type(pairs).__name__}."
+        raise InputTypeError(msg)
+    checked = []
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            msg = f"pairs[{index}] must be (query, passage), got {pair!r:.60}."
+            raise InputTypeError(msg)
+        checked.append(
+            (check_text(pair[0], f"pairs[{index}][0]"), check_text(pair[1], f"pairs[{index}][1]"))
+        )
+    return checked
 
 
 def report_truncation(

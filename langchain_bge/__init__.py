@@ -1,8 +1,12 @@
 """BGE embeddings and rerankers for LangChain, on your own machine."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from bge_core import MissingExtraError
+
+if TYPE_CHECKING:
+    from langchain_bge.sparse import BGESparseEmbeddings
 
 try:
     from langchain_bge.cross_encoder import BGECrossEncoder
@@ -22,4 +26,20 @@ try:
 except PackageNotFoundError:  # a checkout that was put on the path by hand
     __version__ = "0+unknown"
 
-__all__ = ["BGECrossEncoder", "BGEEmbeddings", "BGEReranker", "__version__"]
+__all__ = [
+    "BGECrossEncoder",
+    "BGEEmbeddings",
+    "BGEReranker",
+    "BGESparseEmbeddings",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # langchain-qdrant takes a second to import, and who searches elsewhere does not have it.
+    if name == "BGESparseEmbeddings":
+        from langchain_bge.sparse import BGESparseEmbeddings
+
+        return BGESparseEmbeddings
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -19,7 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
-from bge_core import ArgumentError, Embedder, Reranker
+from bge_core import ArgumentError, Embedder, M3Embedder, Scorer
 from bge_core.errors import fixed_argument, refused_arguments, unknown_argument
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class LocalModelFields(BaseModel):
     token: SecretStr | None = Field(default=None, frozen=True)
     """A hub token for private models."""
 
-    _core: Embedder | Reranker = PrivateAttr()
+    _core: Embedder | M3Embedder | Scorer = PrivateAttr()
     _moved: ClassVar[Mapping[str, str]] = {}
 
     if not TYPE_CHECKING:  # type checkers know the arguments from the fields
@@ -204,7 +204,7 @@ class LocalModelFields(BaseModel):
         return arguments
 
     @abstractmethod
-    def _make_core(self) -> Embedder | Reranker:
+    def _make_core(self) -> Embedder | M3Embedder | Scorer:
         """Make the model that the fields describe."""
 
     def _shared(self) -> dict[str, Any]:

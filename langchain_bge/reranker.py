@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import EllipsisType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field, PrivateAttr
 
-from bge_core import InputTypeError, Reranker
+from bge_core import InputTypeError, M3Weights, Scorer, make_scorer
 from langchain_bge._fields import LocalModelFields
 
 __all__ = ["BGEReranker", "RerankResult"]
@@ -24,7 +24,10 @@ class RerankResult(TypedDict):
 
 
 class BGEReranker(LocalModelFields, BaseDocumentCompressor):
-    """A BGE cross-encoder that orders documents by how well they answer a query.
+    """A BGE cross-encoder, or bge-m3, that orders documents by how well they answer a query.
+
+    With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector
+    scores, by the weights that a `BGEEmbeddings` on the same model has loaded.
 
     Works wherever a document compressor does (`ContextualCompressionRetriever`,
     `DocumentCompressorPipeline`), and in a chain through `RunnableLambda`. Arguments are checked
@@ -33,7 +36,8 @@ class BGEReranker(LocalModelFields, BaseDocumentCompressor):
 
     Raises:
         ArgumentError: A value that can't be served.
-        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
+        CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
+            reranker of one label.
         ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
 
     Example:
@@ -50,9 +54,14 @@ class BGEReranker(LocalModelFields, BaseDocumentCompressor):
     """The least score to keep, itself included; None for any."""
 
     normalize: bool = Field(default=True, frozen=True)
-    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits."""
+    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
+    effect with bge-m3, whose scores are about 0 to 1 in any case."""
 
-    _core: Reranker = PrivateAttr()
+    m3_weights: M3Weights | None = Field(default=None, frozen=True)
+    """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
+    or a dict of these names; None for just these, and for a cross-encoder."""
+
+    _core: Scorer = PrivateAttr()
 
     def compress_documents(
         self,
@@ -132,8 +141,17 @@ class BGEReranker(LocalModelFields, BaseDocumentCompressor):
         )
         return _results(ranked)
 
-    def _make_core(self) -> Reranker:
-        core = Reranker(self.model, normalize=self.normalize, **self._shared())
+    @classmethod
+    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        arguments = super()._first_class(arguments)
+        if arguments.get("m3_weights") is None:
+            return arguments
+        return {**arguments, "m3_weights": M3Weights.of(arguments["m3_weights"])}
+
+    def _make_core(self) -> Scorer:
+        core = make_scorer(
+            self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._shared()
+        )
         core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
         return core
 

@@ -17,6 +17,7 @@ except ModuleNotFoundError as exc:
 
 from llamaindex_bge.embedding import BGEEmbedding
 from llamaindex_bge.reranker import BGEReranker
+from llamaindex_bge.sparse import BGESparseEmbedding
 
 try:
     __version__ = version("bge-adapters")
@@ -24,4 +25,4 @@ except PackageNotFoundError:
     # Run from a checkout that was never installed.
     __version__ = "0.0.0"
 
-__all__ = ["BGEEmbedding", "BGEReranker", "__version__"]
+__all__ = ["BGEEmbedding", "BGEReranker", "BGESparseEmbedding", "__version__"]

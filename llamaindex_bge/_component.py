@@ -1,4 +1,4 @@
-"""What the embedding and the reranker share: fields, construction, copies and pickles."""
+"""What the embeddings and the reranker share: fields, construction, copies and pickles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_index.core.bridge.pydantic import (
 )
 from llama_index.core.schema import BaseComponent
 
-from bge_core import Embedder, Reranker
+from bge_core import Embedder, M3Embedder, Scorer
 from bge_core.errors import fixed_argument, refused_arguments, unknown_argument
 
 __all__ = ["LocalModelComponent", "ModelName"]
@@ -80,14 +80,6 @@ class LocalModelComponent(BaseComponent):
         hide_input_in_errors=True,
     )
 
-    normalize: bool = Field(
-        default=True,
-        frozen=True,
-        description=(
-            "Scale vectors to unit length; for a reranker, give scores from 0 to 1 (a sigmoid of "
-            "each logit) instead of raw logits."
-        ),
-    )
     max_length: int | None = Field(
         default=None,
         frozen=True,
@@ -193,7 +185,7 @@ class LocalModelComponent(BaseComponent):
 
     @property
     @abstractmethod
-    def _core(self) -> Embedder | Reranker:
+    def _core(self) -> Embedder | M3Embedder | Scorer:
         """The model that the fields describe, made once."""
 
     def _shared_arguments(self) -> dict[str, Any]:

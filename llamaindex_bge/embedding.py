@@ -58,6 +58,7 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
         frozen=True,
         description="'cls', 'mean' or 'last'; None for what the checkpoint says.",
     )
+    normalize: bool = Field(default=True, frozen=True, description="Scale vectors to unit length.")
     embed_batch_size: int = Field(
         default=2048,
         gt=0,
@@ -122,6 +123,7 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
                 query_instruction=self.query_instruction,
                 task=self.task,
                 pooling=self.pooling,
+                normalize=self.normalize,
                 **self._shared_arguments(),
             )
         return self._embedder

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
-from bge_core import ArgumentError, InputTypeError, Reranker
+from bge_core import ArgumentError, InputTypeError, M3Weights, Scorer, make_scorer
 from llamaindex_bge._component import LocalModelComponent, ModelName
 
 __all__ = ["BGEReranker"]
@@ -24,8 +25,15 @@ logger = logging.getLogger(__name__)
 _RETRIEVAL_SCORE = "retrieval_score"
 
 
+def _weights(value: object) -> object:
+    return M3Weights.of(value) if isinstance(value, Mapping) else value
+
+
 class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
-    """A BGE cross-encoder that puts retrieved nodes in a better order.
+    """A BGE cross-encoder, or bge-m3, that puts retrieved nodes in a better order.
+
+    With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector
+    scores, by the weights that a `BGEEmbedding` on the same model has loaded.
 
     Gives copies, best first, and leaves the nodes that came in alone; equal scores keep their
     order. A node without a text of its own, such as an image, can't be scored: such nodes come
@@ -35,7 +43,8 @@ class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
 
     Raises:
         ArgumentError: An unknown argument, or a value that can't be served.
-        CheckpointError: A model that can't be found, is damaged, or is no reranker.
+        CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
+            reranker.
 
     Example:
         >>> from llama_index.core.schema import NodeWithScore, TextNode
@@ -56,6 +65,22 @@ class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
         allow_inf_nan=False,
         description="The least score to give, itself included; None for any.",
     )
+    normalize: bool = Field(
+        default=True,
+        frozen=True,
+        description=(
+            "Give scores from 0 to 1 (a sigmoid of each logit) instead of raw logits; of no "
+            "effect with bge-m3, whose scores are about 0 to 1 in any case."
+        ),
+    )
+    m3_weights: Annotated[M3Weights | None, BeforeValidator(_weights)] = Field(
+        default=None,
+        frozen=True,
+        description=(
+            "How much the scores of bge-m3 count: M3Weights(dense=1.0, sparse=0.3, "
+            "multi_vector=1.0) or a dict of these names; None for just these."
+        ),
+    )
     keep_retrieval_score: bool = Field(
         default=False,
         description=(
@@ -67,7 +92,7 @@ class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
         default=MetadataMode.EMBED, description="Which metadata is scored with a node's text."
     )
 
-    _reranker: Reranker | None = PrivateAttr(default=None)
+    _reranker: Scorer | None = PrivateAttr(default=None)
 
     @classmethod
     def class_name(cls) -> str:
@@ -75,9 +100,14 @@ class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
         return "BGEReranker"
 
     @property
-    def _core(self) -> Reranker:
+    def _core(self) -> Scorer:
         if self._reranker is None:
-            self._reranker = Reranker(self.model, **self._shared_arguments())
+            self._reranker = make_scorer(
+                self.model,
+                m3_weights=self.m3_weights,
+                normalize=self.normalize,
+                **self._shared_arguments(),
+            )
         return self._reranker
 
     def _postprocess_nodes(

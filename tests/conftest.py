@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -234,6 +234,23 @@ def call(request: pytest.FixtureRequest) -> Call:
 
 
 @pytest.fixture
+def passes() -> Iterator[list[int]]:
+    """Tokens of each forward pass of the m3 folder's model, whoever asked for it."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    counted: list[int] = []
+
+    def count(module: Any, args: Any) -> None:
+        # Other tables than the words' have as many rows as there are positions or types.
+        if type(module).__name__ == "Embedding" and module.num_embeddings not in (1, 8194):
+            counted.append(args[0].numel())
+
+    hook = register_module_forward_pre_hook(count)
+    yield counted
+    hook.remove()
+
+
+@pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[..., Path]:
     """Copy a checkpoint, to be changed: `copy_of(folder, "new/name")`."""
 
@@ -284,6 +301,8 @@ def m3_folder(models_dir: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         sparse, colbert = torch.nn.Linear(HIDDEN, 1), torch.nn.Linear(HIDDEN, HIDDEN)
+        # About half of the tokens get a weight above 0.
+        torch.nn.init.normal_(sparse.weight)
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
     torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
     return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=8192)

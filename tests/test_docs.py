@@ -17,12 +17,16 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/migration.md")
 MODULES = (
     "bge_core.embedder",
+    "bge_core.m3",
     "bge_core.reranker",
+    "bge_core.scorer",
     "langchain_bge.cross_encoder",
     "langchain_bge.embeddings",
     "langchain_bge.reranker",
+    "langchain_bge.sparse",
     "llamaindex_bge.embedding",
     "llamaindex_bge.reranker",
+    "llamaindex_bge.sparse",
 )
 
 
@@ -38,10 +42,14 @@ def examples() -> list[object]:
 
 @pytest.fixture(autouse=True)
 def hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en_folder: Path, reranker_folder: Path
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    en_folder: Path,
+    m3_folder: Path,
+    reranker_folder: Path,
 ) -> None:
     """Put checkpoints into a hub cache, as a download would."""
-    for folder in (en_folder, reranker_folder):
+    for folder in (en_folder, m3_folder, reranker_folder):
         repo = tmp_path / "hub" / f"models--BAAI--{folder.name}"
         shutil.copytree(folder, repo / "snapshots" / "0123456789abcdef")
         (repo / "refs").mkdir()
@@ -50,6 +58,7 @@ def hub(
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
 @pytest.mark.parametrize("code", examples())
 def test_an_example_of_the_pages_runs(code: str) -> None:
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})

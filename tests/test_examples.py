@@ -1,9 +1,10 @@
-"""The examples: the demo on a small folder, its reranker, and how quality is measured."""
+"""The examples: the demo on a small folder, its reranker, its measure, and hybrid search."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,19 @@ def test_quality_is_ndcg_of_documents_by_their_best_passage():
     assert (quality.before, quality.after) == pytest.approx((63.09, 63.09), abs=0.01)
     quality = measure(Questions({"1": "?"}, {"1": frozenset({"c"})}), Fixed())
     assert (quality.before, quality.after) == pytest.approx((50.0, 100.0))
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
+def test_hybrid_search_in_both_frameworks_on_an_untrained_stand_in(monkeypatch, capsys):
+    question = "Error E1042"
+    example = str(EXAMPLES / "hybrid_search.py")
+    monkeypatch.setattr(sys, "argv", [example, "--question", question])
+    runpy.run_path(example, run_name="__main__")
+    said = capsys.readouterr().out
+    assert "untrained stand-in" in said
+    assert "--model BAAI/bge-m3" in said
+    for host in ("LangChain", "LlamaIndex"):
+        own = said.partition(host)[2].partition("LlamaIndex")[0]
+        found, reranked = own.partition(question)[2].split("reranked")
+        assert "E1042" in found
+        assert "E1042" in reranked.splitlines()[0]

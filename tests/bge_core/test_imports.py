@@ -24,9 +24,15 @@ def test_public_names_are_these():
         "ComputationError",
         "Embedder",
         "InputTypeError",
+        "M3Embedder",
+        "M3Outputs",
+        "M3Reranker",
+        "M3Weights",
         "MissingExtraError",
         "Reranker",
+        "Scorer",
         "TruncationError",
+        "make_scorer",
     ]
 
 
@@ -63,20 +69,25 @@ def test_importing_loads_neither_torch_nor_transformers():
 
 
 def test_making_an_embedder_and_a_reranker_loads_neither_torch_nor_transformers(
-    en_folder, reranker_folder
+    en_folder, reranker_folder, m3_folder
 ):
     made = f"Embedder({str(en_folder)!r}); Reranker({str(reranker_folder)!r})"
-    assert run_python(f"from bge_core import Embedder, Reranker; {made}; {HEAVY}") == "[]"
+    made += f"; M3Embedder({str(m3_folder)!r}, share_passes=True); make_scorer({str(m3_folder)!r})"
+    assert run_python(f"from bge_core import *; {made}; {HEAVY}") == "[]"
 
 
-@pytest.mark.parametrize("cls", [bge_core.Embedder, bge_core.Reranker])
+@pytest.mark.parametrize(
+    "cls", [bge_core.Embedder, bge_core.M3Embedder, bge_core.Reranker, bge_core.make_scorer]
+)
 def test_everything_but_the_model_is_keyword_only_and_named(cls):
     first, *rest = inspect.signature(cls).parameters.values()
     assert first.name == "model"
     assert {parameter.kind for parameter in rest} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("cls", [bge_core.Embedder, bge_core.Reranker])
+@pytest.mark.parametrize(
+    "cls", [bge_core.Embedder, bge_core.M3Embedder, bge_core.Reranker, bge_core.make_scorer]
+)
 def test_an_unknown_argument_is_refused(cls, en_folder):
     with pytest.raises(TypeError, match="batch_size"):
         cls(en_folder, batch_size=8)

@@ -169,3 +169,11 @@ def test_other_spellings_of_a_name_are_found(name):
 )
 def test_a_part_of_a_name_is_not_enough(name):
     assert find_profile(name) is None
+
+
+def test_only_m3_gives_more_than_a_dense_vector():
+    rich = {name for name, row in PROFILES.items() if len(row.outputs) > 1}
+    assert rich == {"BAAI/bge-m3"}
+    assert PROFILES["BAAI/bge-m3"].outputs == ("dense", "sparse", "multi_vector")
+    for row in PROFILES.values():
+        assert ("dense" in row.outputs) == (row.kind == "embedder")

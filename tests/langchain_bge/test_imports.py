@@ -10,7 +10,13 @@ import langchain_bge
 
 ROOT = Path(langchain_bge.__file__).parents[1]
 
-EXPECTED_ALL = ["BGECrossEncoder", "BGEEmbeddings", "BGEReranker", "__version__"]
+EXPECTED_ALL = [
+    "BGECrossEncoder",
+    "BGEEmbeddings",
+    "BGEReranker",
+    "BGESparseEmbeddings",
+    "__version__",
+]
 
 
 def _python(code: str) -> str:
@@ -47,9 +53,30 @@ def test_importing_and_constructing_loads_nothing_heavy():
         "langchain_bge.BGECrossEncoder(model='BAAI/bge-reranker-base')\n"
         "heavy = {'torch', 'transformers', 'sentence_transformers', 'llama_index'}\n"
         "heavy |= {'langchain', 'langchain_classic', 'langchain_community'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "heavy |= {'langchain_qdrant', 'qdrant_client'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "langchain_bge.BGESparseEmbeddings(model='BAAI/bge-m3')\n"
+        "print('langchain_qdrant' in sys.modules, 'torch' in sys.modules)"
     )
-    assert heavy.strip() == "[]"
+    assert heavy.split("\n") == ["[]", "True False", ""]
+
+
+def test_missing_langchain_qdrant_names_the_command():
+    said = _python(
+        "import sys\n"
+        "sys.modules['langchain_qdrant'] = None\n"
+        "import langchain_bge\n"
+        "try:\n"
+        "    langchain_bge.BGESparseEmbeddings\n"
+        "except langchain_bge.MissingExtraError as error:\n"
+        "    print(isinstance(error, ImportError), error)"
+    )
+    assert said.startswith("True ")
+    assert "pip install langchain-qdrant" in said
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(langchain_bge, "BGESparse")
 
 
 def test_missing_langchain_core_names_the_command():

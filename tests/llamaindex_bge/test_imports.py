@@ -26,7 +26,7 @@ def run_python(code: str) -> str:
 
 
 def test_all():
-    expected = ["BGEEmbedding", "BGEReranker", "__version__"]
+    expected = ["BGEEmbedding", "BGEReranker", "BGESparseEmbedding", "__version__"]
     assert sorted(llamaindex_bge.__all__) == llamaindex_bge.__all__ == expected
     assert all(hasattr(llamaindex_bge, name) for name in expected)
 
@@ -48,9 +48,11 @@ def test_importing_and_constructing_loads_nothing_heavy():
         "import sys, llamaindex_bge\n"
         "model = llamaindex_bge.BGEEmbedding(model_name='BAAI/bge-small-en-v1.5')\n"
         "llamaindex_bge.BGEReranker(model='BAAI/bge-reranker-base')\n"
+        "llamaindex_bge.BGESparseEmbedding(model_name='BAAI/bge-m3')\n"
         "model.to_payload(), repr(model)\n"
         "heavy = {'torch', 'transformers', 'sentence_transformers'}\n"
         "heavy |= {'langchain', 'langchain_core', 'langchain_classic', 'langchain_bge'}\n"
+        "heavy |= {'qdrant_client'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert heavy.strip() == "[]"

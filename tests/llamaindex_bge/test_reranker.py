@@ -206,7 +206,7 @@ def test_wrong_models_are_refused(en_folder: Path, two_label_folder: Path):
     with pytest.raises(CheckpointError, match="2 labels"):
         BGEReranker(model=two_label_folder)
     with pytest.raises(CheckpointError, match="BGEEmbedding"):
-        BGEReranker(model="BAAI/bge-m3")
+        BGEReranker(model="BAAI/bge-small-en-v1.5")
 
 
 def test_what_can_be_changed(reranker_folder: Path):

@@ -1,0 +1,217 @@
+"""What executes packs of bge-m3: dense, sparse and multi-vector rows from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bge_core.checkpoint import Checkpoint, load_head
+from bge_core.errors import CheckpointError
+from bge_core.packing import Pack, all_rows_of_layer
+from bge_core.runner import PackedRunner
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bge_core.passes import Half
+    from bge_core.profiles import Output
+    from bge_core.tokens import Tokens
+
+__all__ = ["M3Row", "M3Runner"]
+
+_DENSE: frozenset[Output] = frozenset({"dense"})
+_HALVES: frozenset[Output] = frozenset({"dense", "sparse"})
+
+
+class M3Row(NamedTuple):
+    """What was asked for of one sequence; None for the rest.
+
+    Attributes:
+        dense: The first token's hidden state, [hidden] float32, not normalised.
+        sparse: Distinct token ids [k] int32, special ones included, and the greatest weight of
+            each, [k] float32, above 0 (or NaN, for the caller to refuse).
+        multi_vector: A unit vector of every token but the first, [tokens - 1, width] float32.
+    """
+
+    dense: NDArray[np.float32] | None = None
+    sparse: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
+    multi_vector: NDArray[np.float32] | None = None
+
+
+class M3Runner(PackedRunner):
+    """Runs bge-m3 on packs.
+
+    Sequences that ask for nothing run as on any other encoder. Layers beyond the encoder load
+    when they are first asked for, so that a damaged one is in nobody's way who wants dense
+    vectors alone.
+
+    Args:
+        encoder: XLM-RoBERTa with the packed attention set, without its last layer.
+        last_layer: That layer.
+        checkpoint: Where the further layers are.
+        dtype: The encoder's number format, by name.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        *,
+        last_layer: torch.nn.Module,
+        checkpoint: Checkpoint,
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        super().__init__(
+            encoder,
+            lambda hidden, pack: hidden[pack.first_rows()],
+            lambda rows: rows,
+            last_layer=last_layer,
+            device=device,
+            padding_position=checkpoint.padding_position,
+        )
+        self._last: Any = last_layer
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        # What two runners' numbers have in common: the same weights in the same format.
+        self._model: Hashable = (checkpoint.digest(), dtype)
+        self._layers: dict[Output, torch.nn.Linear | CheckpointError] = {}
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32] | list[Any]:
+        """Compute one row a sequence.
+
+        Returns:
+            A dense vector, [hidden] float32, for a sequence that asks for no outputs, and an
+            `M3Row` for one that does.
+
+        Raises:
+            CheckpointError: A layer that is asked for is missing or damaged.
+        """
+        if all(sequence.ask is None for sequence in sequences):
+            return super().run(sequences)
+        taken = {place: self._taken(sequence) for place, sequence in enumerate(sequences)}
+        rows = {place: row for place, row in taken.items() if row is not None}
+        missing = [place for place in range(len(sequences)) if place not in rows]
+        if missing:
+            computed = self._computed([sequences[place] for place in missing])
+            rows.update(zip(missing, computed, strict=True))
+        return [_shape(sequence, rows[place]) for place, sequence in enumerate(sequences)]
+
+    def _taken(self, sequence: Tokens) -> M3Row | None:
+        """Give a row that another asker's pass left, where it is all that is wanted."""
+        memo, wanted = _memo(sequence), _wanted(sequence)
+        if memo is None or len(wanted) > 1 or not wanted <= _HALVES:
+            return None
+        (output,) = wanted
+        half: Any = memo.take(self._model, sequence.ids, output)
+        if half is None:
+            return None
+        return M3Row(dense=half[0]) if output == "dense" else M3Row(sparse=half)
+
+    def _computed(self, sequences: Sequence[Tokens]) -> list[M3Row]:
+        shared = any(_memo(sequence) is not None for sequence in sequences)
+        weighted = self._asked(sequences, "sparse") or (shared and self._may_leave_sparse())
+        multi = [place for place, one in enumerate(sequences) if "multi_vector" in _wanted(one)]
+        pack = Pack(sequences, self._device, self._padding_position)
+        below = self._hidden(pack)
+        if not weighted and not multi:
+            return [M3Row(dense=row) for row in self._outcome(below, pack)]
+        hidden = all_rows_of_layer(self._last, below, pack)
+        dense = _numpy(hidden[pack.first_rows()])
+        weights = _numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
+        vectors = self._vectors(hidden, pack, multi)
+        rows, start = [], 0
+        for place, sequence in enumerate(sequences):
+            end = start + len(sequence)
+            sparse = None if weights is None else _strongest(sequence.ids, weights[start:end])
+            rows.append(M3Row(dense[place].copy(), sparse, vectors.get(place)))
+            self._leave(sequence, rows[-1])
+            start = end
+        return rows
+
+    def _vectors(
+        self, hidden: Tensor, pack: Pack, places: Sequence[int]
+    ) -> dict[int, NDArray[np.float32]]:
+        """Compute the token vectors of some sequences of a pack, by place."""
+        vectors = {}
+        starts = np.cumsum([0, *pack.lengths])
+        for place in places:
+            own = hidden[starts[place] + 1 : starts[place + 1]]
+            unit = torch.nn.functional.normalize(self._layer("multi_vector")(own).float(), dim=-1)
+            vectors[place] = _numpy(unit)
+        return vectors
+
+    def _leave(self, sequence: Tokens, row: M3Row) -> None:
+        """Keep what was computed and not asked for, for the next asker."""
+        memo = _memo(sequence)
+        if memo is None or row.sparse is None or row.dense is None:
+            return
+        halves: dict[Output, Half] = {"dense": (row.dense,), "sparse": row.sparse}
+        for output in _HALVES - _wanted(sequence):
+            memo.keep(self._model, sequence.ids, output, halves[output])
+
+    def _asked(self, sequences: Sequence[Tokens], output: Output) -> bool:
+        return any(output in _wanted(sequence) for sequence in sequences)
+
+    def _may_leave_sparse(self) -> bool:
+        try:
+            self._layer("sparse")
+        except CheckpointError:
+            # It is the next asker's error, not this one's.
+            return False
+        return True
+
+    def _layer(self, output: Output) -> torch.nn.Linear:
+        # Two workers may load it at once: it is small, and either copy will do.
+        head = self._layers.get(output)
+        if head is None:
+            try:
+                head = load_head(self._checkpoint, output)
+                head.to(self._device, getattr(torch, self._dtype))
+            except CheckpointError as exc:
+                head = exc
+            self._layers[output] = head
+        if isinstance(head, CheckpointError):
+            raise head
+        return head
+
+
+def _memo(sequence: Tokens) -> Any:
+    return None if sequence.ask is None else sequence.ask.memo
+
+
+def _wanted(sequence: Tokens) -> frozenset[Output]:
+    return sequence.ask.outputs if sequence.ask and sequence.ask.outputs else _DENSE
+
+
+def _shape(sequence: Tokens, row: M3Row) -> Any:
+    """Give what a sequence asked for, and nothing that came along."""
+    if sequence.ask is None or not sequence.ask.outputs:
+        return row.dense
+    outputs = sequence.ask.outputs
+    return M3Row(
+        dense=row.dense if "dense" in outputs else None,
+        sparse=row.sparse if "sparse" in outputs else None,
+        multi_vector=row.multi_vector,
+    )
+
+
+def _strongest(
+    ids: Sequence[int], weights: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Give each distinct id its greatest weight, and leave out those without one."""
+    distinct, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    strongest = np.zeros(len(distinct), dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        np.maximum.at(strongest, places, weights)
+    kept = ~(strongest <= 0)  # so that NaN is kept, to be refused
+    return distinct[kept].astype(np.int32), strongest[kept]
+
+
+def _numpy(rows: Tensor) -> NDArray[np.float32]:
+    return rows.float().cpu().numpy()

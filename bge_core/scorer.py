@@ -1,0 +1,277 @@
+"""The right scorer for a checkpoint: a cross-encoder, or bge-m3's three outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from bge_core.checkpoint import HEADS, Source, locate, read
+from bge_core.errors import ArgumentError
+from bge_core.m3 import M3Embedder, M3Weights
+from bge_core.profiles import Profile, find_profile
+from bge_core.reranker import Reranker, check_limits, rank_scores
+from bge_core.tokens import check_text, check_texts
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["M3Reranker", "Scorer", "make_scorer"]
+
+
+class Scorer(Protocol):
+    """What scores passages against a query: `Reranker` and `M3Reranker` do."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the scores."""
+        ...
+
+    def rank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages by their score, best first; see `Reranker.rank`."""
+        ...
+
+    async def arank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages without blocking the event loop; see `rank`."""
+        ...
+
+    def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
+        """Refuse a `top_n` or a threshold that can't be meant; see `Reranker.check_limits`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model."""
+        ...
+
+
+class M3Reranker:
+    """bge-m3 in a reranker's place: dense, sparse and multi-vector scores in one.
+
+    Query and passages are encoded apart, the query once, so that a user of bge-m3 reranks with
+    the model that is loaded already.
+
+    Args:
+        embedder: The model; closing the reranker closes it.
+        weights: How much each of the three scores counts; None for 1, 0.3 and 1.
+
+    Raises:
+        CheckpointError: The checkpoint lacks the file of an output that counts.
+
+    Example:
+        >>> reranker = M3Reranker(M3Embedder("BAAI/bge-m3"), weights=M3Weights(sparse=0.5))
+        >>> ranked = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
+        >>> len(ranked), isinstance(ranked[0][1], float)
+        (1, True)
+    """
+
+    def __init__(
+        self, embedder: M3Embedder, *, weights: M3Weights | Mapping[str, float] | None = None
+    ) -> None:
+        self._embedder = embedder
+        self._weights = M3Weights.of(weights)
+        embedder.require(*sorted(self._weights.outputs))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the scores."""
+        parts = (self._embedder.fingerprint, sorted(self._weights.named().items()))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def score(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
+        """Score passages against one query, which is encoded once.
+
+        Args:
+            query: The query.
+            passages: The passages.
+
+        Returns:
+            [n] float32, in order, as `M3Embedder.score` says: about 0 to 1, not a probability.
+
+        Raises:
+            BGEError: As `M3Embedder.score` says.
+        """
+        return self._embedder.score(_pairs(query, passages), weights=self._weights)
+
+    async def ascore(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
+        """Score passages without blocking the event loop; see `score`."""
+        return await self._embedder.ascore(_pairs(query, passages), weights=self._weights)
+
+    def rank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages by their score, best first; equal scores keep the order given.
+
+        Args:
+            query: The query.
+            passages: The passages.
+            top_n: How many to give, 1 or more; None for all.
+            score_threshold: The least score to give, itself included; None for any.
+
+        Returns:
+            (index into `passages`, score) as Python numbers.
+
+        Raises:
+            BGEError: As `Reranker.rank` and `M3Embedder.score` say.
+        """
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        scores = self.score(query, passages)
+        return rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
+
+    async def arank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages without blocking the event loop; see `rank`."""
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        scores = await self.ascore(query, passages)
+        return rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
+
+    def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
+        """Refuse a `top_n` or a threshold that can't be meant.
+
+        Raises:
+            ArgumentError: `top_n` is below 1, or the threshold is NaN.
+            InputTypeError: One of them is no number.
+        """
+        check_limits(top_n=top_n, score_threshold=score_threshold)
+
+    def close(self) -> None:
+        """Let go of the model; see `LocalModel.close`."""
+        self._embedder.close()
+
+
+def make_scorer(
+    model: str | os.PathLike[str],
+    *,
+    m3_weights: M3Weights | Mapping[str, float] | None = None,
+    normalize: bool = True,
+    device: str | Sequence[str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    use_fp16: bool | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    on_truncation: str = "warn",
+    backend: str = "torch",
+    cache_folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    token: str | None = None,
+) -> Scorer:
+    """Make the scorer that a checkpoint is for.
+
+    Args:
+        model: A cross-encoder, `"BAAI/bge-m3"`, or a folder of either.
+        m3_weights: How much each score of bge-m3 counts; None for 1, 0.3 and 1, and for a
+            cross-encoder.
+        normalize: As `Reranker` takes it; bge-m3's scores are what they are.
+        device: As `Reranker` takes it, and so all that follow.
+        dtype: A number format.
+        use_fp16: FlagEmbedding's word for it.
+        max_length: Tokens that are read: of a pair, or of each text with bge-m3.
+        batch_tokens: Tokens computed in one pass.
+        on_truncation: What happens when a text is longer.
+        backend: What executes the model.
+        cache_folder: The hub's cache.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never go to the network.
+        trust_remote_code: Run Python code that the checkpoint carries.
+        token: A hub token for private models.
+
+    Returns:
+        An `M3Reranker` for bge-m3 and what was trained from it, a `Reranker` for the rest.
+
+    Raises:
+        ArgumentError: A value that can't be served, or weights for a cross-encoder.
+        CheckpointError: A model that can't be found, is damaged, or scores no pairs.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> type(make_scorer("BAAI/bge-m3")).__name__
+        'M3Reranker'
+        >>> type(make_scorer("BAAI/bge-reranker-base")).__name__
+        'Reranker'
+    """
+    if _is_m3(Source.of(model, revision=revision, cache_folder=cache_folder)):
+        embedder = M3Embedder(
+            model,
+            device=device,
+            dtype=dtype,
+            use_fp16=use_fp16,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            on_truncation=on_truncation,
+            backend=backend,
+            cache_folder=cache_folder,
+            revision=revision,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            token=token,
+        )
+        return M3Reranker(embedder, weights=m3_weights)
+    reranker = Reranker(
+        model,
+        normalize=normalize,
+        device=device,
+        dtype=dtype,
+        use_fp16=use_fp16,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        on_truncation=on_truncation,
+        backend=backend,
+        cache_folder=cache_folder,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+        token=token,
+    )
+    if m3_weights is not None:
+        msg = (
+            f"m3_weights is for the three scores of bge-m3, and {os.fspath(model)!r} gives one: "
+            "leave it out, or use model='BAAI/bge-m3'."
+        )
+        raise ArgumentError(msg)
+    return reranker
+
+
+def _is_m3(source: Source) -> bool:
+    if not source.is_local:
+        # Another hub id is a cross-encoder or will be refused: nothing is downloaded to see.
+        return _all_outputs(find_profile(source.model))
+    found = read(source, locate(source))
+    return not found.labels and (_all_outputs(found.profile) or found.heads == HEADS.keys())
+
+
+def _all_outputs(profile: Profile | None) -> bool:
+    return profile is not None and "multi_vector" in profile.outputs
+
+
+def _pairs(query: str, passages: Iterable[str]) -> list[tuple[str, str]]:
+    query = check_text(query, "query")
+    return [(query, passage) for passage in check_texts(passages, "passages")]
