@@ -183,7 +183,6 @@ class LocalModelFields(BaseModel):
 
         Raises:
             ArgumentError: A value that can't be served.
-            ValidationError: An unknown argument, or a value of the wrong type.
         """
         return type(self)(**{**self.model_dump(exclude_unset=True), **(update or {})})
 

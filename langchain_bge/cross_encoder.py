@@ -22,9 +22,8 @@ class BGECrossEncoder(LocalModelFields, BaseCrossEncoder):
     adapters on the same model, revision, device and dtype.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: An unknown argument, or a value that can't be served.
         CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
-        ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
 
     Example:
         >>> encoder = BGECrossEncoder(model="BAAI/bge-reranker-base")

