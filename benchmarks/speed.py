@@ -433,7 +433,7 @@ def markdown(outcomes: Sequence[Outcome], where: Mapping[str, Any]) -> str:
             lines.append(f"| {outcome.name if first else ''} | {ours} | {name} | {ratio:.2f} |")
             first = False
     said = f"{where['processor']}, {where['cores']} cores, torch {where['torch']}"
-    return "\n".join([*lines, "", f"Medians of one interleaved run: {said}, float32."])
+    return "\n".join([*lines, "", f"Medians of interleaved rounds: {said}, float32."])
 
 
 def plot(outcomes: Sequence[Outcome], file: Path) -> None:
