@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bge_core.checkpoint import HEADS, Source, locate, read
 from bge_core.errors import ArgumentError
@@ -218,39 +218,23 @@ def make_scorer(
         >>> type(make_scorer("BAAI/bge-reranker-base")).__name__
         'Reranker'
     """
+    shared: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "use_fp16": use_fp16,
+        "max_length": max_length,
+        "batch_tokens": batch_tokens,
+        "on_truncation": on_truncation,
+        "backend": backend,
+        "cache_folder": cache_folder,
+        "revision": revision,
+        "local_files_only": local_files_only,
+        "trust_remote_code": trust_remote_code,
+        "token": token,
+    }
     if _is_m3(Source.of(model, revision=revision, cache_folder=cache_folder)):
-        embedder = M3Embedder(
-            model,
-            device=device,
-            dtype=dtype,
-            use_fp16=use_fp16,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            on_truncation=on_truncation,
-            backend=backend,
-            cache_folder=cache_folder,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            token=token,
-        )
-        return M3Reranker(embedder, weights=m3_weights)
-    reranker = Reranker(
-        model,
-        normalize=normalize,
-        device=device,
-        dtype=dtype,
-        use_fp16=use_fp16,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-        on_truncation=on_truncation,
-        backend=backend,
-        cache_folder=cache_folder,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-        token=token,
-    )
+        return M3Reranker(M3Embedder(model, **shared), weights=m3_weights)
+    reranker = Reranker(model, normalize=normalize, **shared)
     if m3_weights is not None:
         msg = (
             f"m3_weights is for the three scores of bge-m3, and {os.fspath(model)!r} gives one: "
