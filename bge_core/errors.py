@@ -13,7 +13,7 @@ BGEError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
     "MissingExtraError",
     "TruncationError",
     "fixed_argument",
+    "known_arguments",
     "refused_arguments",
-    "unknown_argument",
 ]
 
 
@@ -63,26 +63,33 @@ class ComputationError(BGEError, RuntimeError):
     """The model computed something that can't be used, such as NaN."""
 
 
-def unknown_argument(
-    owner: str, name: str, *, known: Iterable[str], moved: Mapping[str, str]
-) -> ArgumentError:
-    """Say that a class has no such argument, and what to write instead.
+def known_arguments(
+    owner: str, arguments: Mapping[str, Any], *, known: Collection[str], moved: Mapping[str, str]
+) -> dict[str, Any]:
+    """Give the arguments that a class has; another class's defaults, spelt out, are no matter.
 
     Args:
         owner: The class's name.
-        name: What was given.
+        arguments: What was given.
         known: The arguments that it has.
         moved: Other libraries' arguments -> what to write here.
+
+    Raises:
+        ArgumentError: One is unknown; says what to write instead.
     """
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    if name in moved:
-        hint = f"{moved[name]}."
-    elif close:
-        hint = f"did you mean {close[0]!r}?"
-    else:
-        hint = f"it takes {', '.join(known)}."
-    return ArgumentError(f"{owner} has no argument {name!r}: {hint}")
+    for name, value in arguments.items():
+        if name in known or (name in moved and not value):
+            continue
+        close = difflib.get_close_matches(name, sorted(known), n=1)
+        if name in moved:
+            hint = f"{moved[name]}."
+        elif close:
+            hint = f"did you mean {close[0]!r}?"
+        else:
+            hint = f"it takes {', '.join(sorted(known))}."
+        msg = f"{owner} has no argument {name!r}: {hint}"
+        raise ArgumentError(msg)
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def refused_arguments(owner: str, report: Iterable[Mapping[str, Any]]) -> ArgumentError:

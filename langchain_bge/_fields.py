@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from bge_core import ArgumentError, Embedder, M3Embedder, Scorer
-from bge_core.errors import fixed_argument, refused_arguments, unknown_argument
+from bge_core.errors import fixed_argument, known_arguments, refused_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -111,19 +111,11 @@ class LocalModelFields(BaseModel):
         def __init__(self, **arguments: Any) -> None:
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
-            known = {*type(self).model_fields, "model_name"}
-            for name, value in list(arguments.items()):
-                if name in known:
-                    continue
-                if name in self._moved and not value:
-                    del arguments[name]  # another class's default, spelt out
-                    continue
-                owner = type(self).__name__
-                raise unknown_argument(owner, name, known=known, moved=self._moved)
+            known, owner = {*type(self).model_fields, "model_name"}, type(self).__name__
+            arguments = known_arguments(owner, arguments, known=known, moved=self._moved)
             try:
                 super().__init__(**self._first_class(arguments))
             except ValidationError as exc:
-                owner = type(self).__name__
                 raise refused_arguments(owner, exc.errors(include_url=False)) from exc
             self._core = self._make_core()
 

@@ -19,7 +19,7 @@ from llama_index.core.bridge.pydantic import (
 from llama_index.core.schema import BaseComponent
 
 from bge_core import Embedder, M3Embedder, Scorer
-from bge_core.errors import fixed_argument, refused_arguments, unknown_argument
+from bge_core.errors import fixed_argument, known_arguments, refused_arguments
 
 __all__ = ["LocalModelComponent", "ModelName"]
 
@@ -144,13 +144,7 @@ class LocalModelComponent(BaseComponent):
         def __init__(self, **arguments: Any) -> None:
             """Check the arguments and the model that they describe; loads no weights."""
             known, owner = type(self).model_fields, type(self).__name__
-            for name, value in list(arguments.items()):
-                if name in known:
-                    continue
-                if name in _MOVED and not value:
-                    del arguments[name]  # another class's default, spelt out
-                    continue
-                raise unknown_argument(owner, name, known=known, moved=_MOVED)
+            arguments = known_arguments(owner, arguments, known=known, moved=_MOVED)
             try:
                 super().__init__(**arguments)
             except ValidationError as exc:
