@@ -40,6 +40,7 @@ __all__ = [
     "locate",
     "no_head",
     "read",
+    "weight_files",
     "without_bars",
 ]
 
@@ -236,7 +237,7 @@ def locate(source: Source) -> Path:
 
     try:
         folder = fetch(_WANTED, local=source.local_files_only)
-        if not _weights(folder):
+        if not weight_files(folder):
             # Older checkpoints, bge-m3 among them, have no safetensors.
             folder = fetch((*_WANTED, "*pytorch_model*.bin"), local=source.local_files_only)
     except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as exc:
@@ -435,7 +436,7 @@ def load_model(
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    weights = _weights(checkpoint.body)
+    weights = weight_files(checkpoint.body)
     if not weights:
         msg = (
             f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
@@ -518,6 +519,11 @@ def no_head(checkpoint: Checkpoint, output: Output) -> CheckpointError:
     return CheckpointError(msg)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Give the files of a folder's weights, safetensors before pickles; empty if it has none."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Keep transformers from drawing a progress bar while it loads weights."""
@@ -550,10 +556,6 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 class _File:

@@ -10,8 +10,8 @@ import torch
 
 from bge_core.checkpoint import Checkpoint, load_head
 from bge_core.errors import CheckpointError
-from bge_core.packing import Pack, all_rows_of_layer
-from bge_core.runner import PackedRunner
+from bge_core.packing import Pack
+from bge_core.runner import Encoder, PackedRunner, to_numpy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,31 +50,30 @@ class M3Runner(PackedRunner):
     vectors alone.
 
     Args:
-        encoder: XLM-RoBERTa with the packed attention set, without its last layer.
-        last_layer: That layer.
+        encoder: XLM-RoBERTa.
         checkpoint: Where the further layers are.
         dtype: The encoder's number format, by name.
         device: Where the model is.
+        budget: Tokens a pack may have unless the user says otherwise.
     """
 
     def __init__(
         self,
-        encoder: Any,
+        encoder: Encoder,
         *,
-        last_layer: torch.nn.Module,
         checkpoint: Checkpoint,
         dtype: str,
         device: torch.device,
+        budget: int,
     ) -> None:
         super().__init__(
             encoder,
-            lambda hidden, pack: hidden[pack.first_rows()],
+            "cls",
             lambda rows: rows,
-            last_layer=last_layer,
             device=device,
             padding_position=checkpoint.padding_position,
+            budget=budget,
         )
-        self._last: Any = last_layer
         self._checkpoint = checkpoint
         self._dtype = dtype
         # What two runners' numbers have in common: the same weights in the same format.
@@ -117,13 +116,12 @@ class M3Runner(PackedRunner):
         shared = any(_memo(sequence) is not None for sequence in sequences)
         weighted = self._asked(sequences, "sparse") or (shared and self._may_leave_sparse())
         multi = [place for place, one in enumerate(sequences) if "multi_vector" in _wanted(one)]
-        pack = Pack(sequences, self._device, self._padding_position)
-        below = self._hidden(pack)
+        pack = self._pack(sequences)
         if not weighted and not multi:
-            return [M3Row(dense=row) for row in self._outcome(below, pack)]
-        hidden = all_rows_of_layer(self._last, below, pack)
-        dense = _numpy(hidden[pack.first_rows()])
-        weights = _numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
+            return [M3Row(dense=row) for row in self._outcome(pack)]
+        hidden = self._encoder.rows(pack)
+        dense = to_numpy(hidden[pack.first_rows()])
+        weights = to_numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
         vectors = self._vectors(hidden, pack, multi)
         rows, start = [], 0
         for place, sequence in enumerate(sequences):
@@ -143,7 +141,7 @@ class M3Runner(PackedRunner):
         for place in places:
             own = hidden[starts[place] + 1 : starts[place + 1]]
             unit = torch.nn.functional.normalize(self._layer("multi_vector")(own).float(), dim=-1)
-            vectors[place] = _numpy(unit)
+            vectors[place] = to_numpy(unit)
         return vectors
 
     def _leave(self, sequence: Tokens, row: M3Row) -> None:
@@ -211,7 +209,3 @@ def _strongest(
         np.maximum.at(strongest, places, weights)
     kept = ~(strongest <= 0)  # so that NaN is kept, to be refused
     return distinct[kept].astype(np.int32), strongest[kept]
-
-
-def _numpy(rows: Tensor) -> NDArray[np.float32]:
-    return rows.float().cpu().numpy()

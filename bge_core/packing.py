@@ -1,43 +1,26 @@
 """Packs: sequences laid end to end under a token budget, and the attention that keeps them apart.
 
-Every linear layer of the encoder then runs on real tokens only. transformers lets a model take an
-attention function by name, so the stock modelling code runs unchanged: the boundaries travel as
-the keyword `pack` through the model's `forward` to the function below.
+Every linear layer of the encoder then runs on real tokens only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
-from bge_core.errors import ComputationError
 from bge_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Before torch 2.12 it has not all of the keywords that are needed.
-    _varlen_attention: Any = (
-        varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
-    )
-except ImportError:  # an older torch: one call a run on every device
-    _varlen_attention = None
-
-__all__ = ["PACKED_ATTENTION", "Pack", "all_rows_of_layer", "fill", "first_rows_of_layer"]
-
-PACKED_ATTENTION = "bge_packed"
-"""The name under which transformers finds the packed attention."""
+__all__ = ["Pack", "attend", "attend_first", "fill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,140 +141,106 @@ def fill(
     return len(lengths)
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 -- the interface's, always None here
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
     pack: Pack,
-    **_: Any,  # transformers hands every attention function more than it needs
-) -> tuple[Tensor, None]:
+    *,
+    causal: bool = False,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
     """Attend within each sequence of a pack.
 
     Args:
-        module: The attention layer; its `is_causal` says whether later tokens are hidden.
-        query: [1, heads, tokens, head_dim].
-        key: [1, key heads, tokens, head_dim].
-        value: Like `key`.
-        attention_mask: None, since the pack has the boundaries.
-        scaling: Factor on the scores; None for 1 / sqrt(head_dim).
-        softcap: Refused: soft-capped scores need arithmetic of their own.
-        sliding_window: Tokens see others less than so many places away; None for all.
+        queries: [tokens, heads, head_dim].
+        keys: [tokens, key heads, head_dim].
+        values: Like `keys`.
         pack: The boundaries.
+        causal: Later tokens are hidden.
+        scaling: Factor on the scores; None for 1 / sqrt(head_dim).
+        sliding_window: Tokens see others less than so many places away; None for all.
 
     Returns:
-        [1, tokens, heads, head_dim] and no weights.
-
-    Raises:
-        ComputationError: The layer asks for what this function does not do.
+        [tokens, heads, head_dim].
     """
-    if softcap is not None:
-        msg = f"{type(module).__name__} soft-caps its scores: run it padded."
-        raise ComputationError(msg)
-    causal = bool(getattr(module, "is_causal", False))
-    # [tokens, heads, head_dim]: a view, since the projections are laid out that way.
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if _takes_varlen(q):
+    grouped = keys.shape[1] != queries.shape[1]
+    varlen = _varlen(queries)
+    if varlen is not None:
         longest = max(pack.lengths)
         far = -1 if sliding_window is None else sliding_window - 1
-        attended: Tensor = _varlen_attention(
-            q,
-            k,
-            v,
+        attended: Tensor = varlen(
+            queries,
+            keys,
+            values,
             pack.ends,
             pack.ends,
             longest,
             longest,
             scale=scaling,
             window_size=(far, 0 if causal else far),
-            enable_gqa=k.shape[1] != q.shape[1],
+            enable_gqa=grouped,
             # More splits are faster on one long text, and make a vector depend on its pack.
             num_splits=1,
         )
-        return attended[None], None
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        return attended
+    parts = []
     for run in pack.runs:
-        mask = _window(run.length, sliding_window, causal=causal, device=q.device)
-        attended = scaled_dot_product_attention(
-            _split(q, run),
-            _split(k, run),
-            _split(v, run),
+        mask = _window(run.length, sliding_window, causal=causal, device=queries.device)
+        part = scaled_dot_product_attention(
+            _split(queries, run),
+            _split(keys, run),
+            _split(values, run),
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=scaling,
-            enable_gqa=k.shape[1] != q.shape[1],
+            enable_gqa=grouped,
         )
-        _split(out, run).copy_(attended)
-    return out[None], None
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def first_rows_of_layer(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
-    """Run a BERT-style last layer for the first token of each sequence only.
-
-    CLS pooling reads no other row of the last layer, so its queries, attention output and feed
-    forward are needed for one row a sequence: the keys and values are all that it takes of the
-    others. The result is the same.
+def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> Tensor:
+    """Attend from the first token of each sequence only, to all of its tokens.
 
     Args:
-        layer: A `BertLayer`, or one of the families that copied it.
-        hidden: [tokens, hidden], what the layer before gave.
+        queries: [n, heads, head_dim], of the first tokens.
+        keys: [tokens, heads, head_dim].
+        values: Like `keys`.
         pack: The boundaries.
 
     Returns:
-        [n, hidden], the layer's output for each sequence's first token.
+        [n, heads, head_dim].
     """
-    attention = layer.attention.self
-    attention_output = layer.attention.output
-    heads = (attention.num_attention_heads, attention.attention_head_size)
-    first = hidden[pack.first_rows()]
-    queries = attention.query(first).view(-1, *heads)
-    keys = attention.key(hidden).view(-1, *heads)
-    values = attention.value(hidden).view(-1, *heads)
-    attended, done = [], 0
+    parts, done = [], 0
     for run in pack.runs:
-        out = scaled_dot_product_attention(
-            queries[done : done + run.count, :, None],
-            _split(keys, run),
-            _split(values, run),
-            scale=attention.scaling,
-        )
-        attended.append(out.flatten(1))
+        own = queries[done : done + run.count, :, None]
+        part = scaled_dot_product_attention(own, _split(keys, run), _split(values, run))
+        parts.append(part[:, :, 0])
         done += run.count
-    rows: Tensor = layer.feed_forward_chunk(attention_output(torch.cat(attended), first))
-    return rows
+    return torch.cat(parts)
 
 
-def _takes_varlen(query: Tensor) -> bool:
-    """Say whether CUDA's kernel for sequences of unequal length can run here."""
-    return (
-        _varlen_attention is not None
-        and query.is_cuda
-        and query.dtype != torch.float32
-        # Flash attention, which it is, needs an Ampere card or a newer one.
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+def _varlen(query: Tensor) -> Any:
+    """Give CUDA's kernel for sequences of unequal length; None where it can't run."""
+    if not query.is_cuda or query.dtype == torch.float32:
+        return None
+    # Flash attention, which it is, needs an Ampere card or a newer one.
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    return _varlen_attention()
 
 
-def all_rows_of_layer(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
-    """Run a BERT-style last layer for every token, where more than the first is read.
-
-    Args:
-        layer: As in `first_rows_of_layer`.
-        hidden: [tokens, hidden], what the layer before gave.
-        pack: The boundaries.
-
-    Returns:
-        [tokens, hidden].
-    """
-    out: Any = layer(hidden[None], None, pack=pack)
-    # transformers 4 gives a tuple.
-    rows: Tensor = (out[0] if isinstance(out, tuple) else out)[0]
-    return rows
+@cache
+def _varlen_attention() -> Any:
+    # Imported where it is used: it brings torch's compiler along.
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # an older torch: one call a run on every device
+        return None
+    # Before torch 2.12 it has not all of the keywords that are needed.
+    return varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
 
 
 def _split(rows: Tensor, run: Run) -> Tensor:
@@ -310,6 +259,3 @@ def _window(
     distance = place[:, None] - place[None, :]
     visible = distance.abs() < sliding_window
     return visible & (distance >= 0) if causal else visible
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)

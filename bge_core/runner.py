@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from bge_core.bert import load_bert
 from bge_core.checkpoint import Checkpoint, Kind, gives_m3, load_model, without_bars
+from bge_core.cpu_linear import lay_out
 from bge_core.errors import CheckpointError
-from bge_core.packing import PACKED_ATTENTION, Pack, first_rows_of_layer
+from bge_core.packing import Pack
 from bge_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Runner", "load_runner", "padded_inputs", "takes_types"]
+__all__ = ["PackedRunner", "Runner", "load_runner", "padded_inputs", "takes_types", "to_numpy"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,17 @@ Pool = Callable[["Tensor", Pack], "Tensor"]
 Head = Callable[["Tensor"], "Tensor"]
 """One row a sequence, [n, hidden] -> what the caller wants of it, [n, width]."""
 
-# Families whose stock code is known to run packed; the others show it on two short sequences.
-_PACKED_FAMILIES = ("bert", "roberta", "xlm-roberta")
+
+class Encoder(Protocol):
+    """Computes the last layer's rows of a pack."""
+
+    def rows(self, pack: Pack) -> Tensor:
+        """Compute the row of every token, [tokens, hidden]."""
+        ...
+
+    def first_rows(self, pack: Pack) -> Tensor:
+        """Compute the row of each sequence's first token, [n, hidden]."""
+        ...
 
 
 class Runner(Protocol):
@@ -46,59 +57,51 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Runs a stock encoder on packs, without padding.
+    """Runs an encoder on packs, without padding.
 
     Args:
-        encoder: A transformers base model with the packed attention set.
-        pool: Makes each sequence's row of the last hidden states.
-        head: Makes the outcome of those rows.
-        last_layer: The encoder's last layer, taken out of it, where first rows of it are enough.
+        encoder: Computes rows of the last layer.
+        pooling: Which of them make a sequence's row: `"cls"`, `"mean"` or `"last"`.
+        head: Makes the outcome of a sequence's row.
         device: Where the model is.
         padding_position: Where positions are counted from; None for 0 (see `Pack`).
+        budget: Tokens a pack may have unless the user says otherwise.
     """
 
     padded = False
 
     def __init__(
         self,
-        encoder: Any,
-        pool: Pool,
+        encoder: Encoder,
+        pooling: str,
         head: Head,
         *,
-        last_layer: torch.nn.Module | None = None,
         device: torch.device,
         padding_position: int | None,
+        budget: int,
     ) -> None:
         self._encoder = encoder
-        self._pool = pool
+        self._pooling = pooling
         self._head = head
-        self._last_layer = last_layer
         self._device = device
         self._padding_position = padding_position
-        self._takes_types = takes_types(encoder)
-        self.default_budget = _default_budget(encoder, device)
+        self.default_budget = budget
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32] | list[Any]:
         """Compute one row a sequence, [n, width] float32."""
-        pack = Pack(sequences, self._device, self._padding_position)
-        return self._outcome(self._hidden(pack), pack)
+        return self._outcome(self._pack(sequences))
 
-    def _hidden(self, pack: Pack) -> Tensor:
-        """Run the encoder, [tokens, hidden]; without its last layer if that was taken out."""
-        inputs = pack.inputs()
-        if not self._takes_types:
-            del inputs["token_type_ids"]
-        hidden: Tensor = self._encoder(**inputs, pack=pack)[0][0]
-        return hidden
+    def _pack(self, sequences: Sequence[Tokens]) -> Pack:
+        return Pack(sequences, self._device, self._padding_position)
 
-    def _outcome(self, hidden: Tensor, pack: Pack) -> NDArray[np.float32]:
-        """Make one row a sequence of what the encoder gave, [n, width] float32."""
-        if self._last_layer is None:
-            rows = self._pool(hidden, pack)
+    def _outcome(self, pack: Pack) -> NDArray[np.float32]:
+        """Make one row a sequence, [n, width] float32."""
+        if self._pooling == "cls":
+            rows = self._encoder.first_rows(pack)
         else:
-            rows = first_rows_of_layer(self._last_layer, hidden, pack)
-        return _numpy(self._head(rows))
+            rows = _POOLS[self._pooling](self._encoder.rows(pack), pack)
+        return to_numpy(self._head(rows))
 
 
 class PaddedRunner:
@@ -107,9 +110,10 @@ class PaddedRunner:
     Args:
         forward: Takes input_ids, attention_mask and, if the model has types, token_type_ids.
         pool: Makes rows of the hidden states that `forward` gives; None if it gives the outcome.
-        encoder: The transformers model inside, for its config.
+        types: Whether the model takes token types.
         pad: The padding token's id.
         device: Where the model is.
+        budget: Tokens a batch may have unless the user says otherwise.
     """
 
     padded = True
@@ -119,26 +123,27 @@ class PaddedRunner:
         forward: Callable[[dict[str, Tensor]], Tensor],
         pool: Pool | None,
         *,
-        encoder: Any,
+        types: bool,
         pad: int,
         device: torch.device,
+        budget: int,
     ) -> None:
         self._forward = forward
         self._pool = pool
-        self._device = device
-        self._takes_types = takes_types(encoder)
+        self._types = types
         self._pad = pad
-        self.default_budget = _default_budget(encoder, device)
+        self._device = device
+        self.default_budget = budget
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32]:
         """Compute one row a sequence, [n, width] float32."""
-        inputs = padded_inputs(sequences, pad=self._pad, types=self._takes_types)
+        inputs = padded_inputs(sequences, pad=self._pad, types=self._types)
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
         out = self._forward(tensors)
         if self._pool is not None:
             out = self._pool(out[tensors["attention_mask"].bool()], Pack(sequences, self._device))
-        return _numpy(out)
+        return to_numpy(out)
 
 
 def load_runner(
@@ -164,44 +169,34 @@ def load_runner(
         CheckpointError: The weights are missing or damaged.
     """
     place = torch.device(device)
-    if kind == "embedder" and (not checkpoint.plain or pooling not in ("cls", "mean", "last")):
+    pooling = pooling or "cls"
+    if kind == "embedder" and (not checkpoint.plain or pooling not in _POOLS):
         return _sentence_transformers(checkpoint, place, dtype, trust_remote_code)
+    bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
+    if bert is not None:
+        _lay_out(bert, place, dtype)
+        return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(place)
+    _lay_out(model, place, dtype)
     encoder = model if kind == "embedder" else model.base_model
     head = _same if kind == "embedder" else _classifier(model)
-    if head is not None and _runs_packed(encoder, checkpoint, place):
-        if gives_m3(checkpoint, pooling):
-            from bge_core.m3_runner import M3Runner
-
-            last = _take_last_layer(encoder, checkpoint, "cls")
-            return M3Runner(
-                encoder, last_layer=last, checkpoint=checkpoint, dtype=dtype, device=place
-            )
-        return PackedRunner(
-            encoder,
-            _POOLS[pooling or "cls"],
-            head,
-            last_layer=_take_last_layer(encoder, checkpoint, pooling or "cls"),
-            device=place,
-            padding_position=checkpoint.padding_position,
-        )
+    stock = None if head is None else _stock_encoder(encoder, checkpoint, place)
+    if head is not None and stock is not None:
+        return _packed(stock, checkpoint, pooling, head, encoder.config, place, dtype)
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
-    if kind == "embedder":
-        pool = _POOLS[pooling or "cls"]
-        return PaddedRunner(
-            lambda inputs: model(**inputs)[0],
-            pool,
-            encoder=model,
-            pad=checkpoint.pad,
-            device=place,
-        )
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        out: Tensor = model(**inputs)[0]
+        return out
+
     return PaddedRunner(
-        lambda inputs: model(**inputs).logits,
-        None,
-        encoder=model,
+        forward,
+        _POOLS[pooling] if kind == "embedder" else None,
+        types=takes_types(encoder),
         pad=checkpoint.pad,
         device=place,
+        budget=_default_budget(encoder.config, place, dtype),
     )
 
 
@@ -234,7 +229,7 @@ def takes_types(encoder: Any) -> bool:
     return (getattr(encoder.config, "type_vocab_size", None) or 0) > 0
 
 
-def _cls(hidden: Tensor, pack: Pack) -> Tensor:
+def _first(hidden: Tensor, pack: Pack) -> Tensor:
     return hidden[pack.first_rows()]
 
 
@@ -252,7 +247,7 @@ def _mean(hidden: Tensor, pack: Pack) -> Tensor:
     )
 
 
-_POOLS: dict[str, Pool] = {"cls": _cls, "last": _last, "mean": _mean}
+_POOLS: dict[str, Pool] = {"cls": _first, "last": _last, "mean": _mean}
 
 
 def _same(rows: Tensor) -> Tensor:
@@ -269,44 +264,62 @@ def _classifier(model: Any) -> Head | None:
     return None
 
 
-def _take_last_layer(encoder: Any, checkpoint: Checkpoint, pooling: str) -> Any:
-    """Take the last layer out of an encoder whose pooling reads only its first rows."""
-    if pooling != "cls" or checkpoint.family not in _PACKED_FAMILIES:
+def _packed(
+    encoder: Encoder,
+    checkpoint: Checkpoint,
+    pooling: str,
+    head: Head,
+    config: Any,
+    device: torch.device,
+    dtype: str,
+) -> PackedRunner:
+    budget = _default_budget(config, device, dtype)
+    if gives_m3(checkpoint, pooling):
+        from bge_core.m3_runner import M3Runner
+
+        return M3Runner(encoder, checkpoint=checkpoint, dtype=dtype, device=device, budget=budget)
+    return PackedRunner(
+        encoder,
+        pooling,
+        head,
+        device=device,
+        padding_position=checkpoint.padding_position,
+        budget=budget,
+    )
+
+
+def _lay_out(model: torch.nn.Module, device: torch.device, dtype: str) -> None:
+    if device.type == "cpu" and dtype == "float32":
+        lay_out(model)
+
+
+def _stock_encoder(model: Any, checkpoint: Checkpoint, device: torch.device) -> Encoder | None:
+    """Set the packed attention where the model's own code carries it; None where it doesn't."""
+    if not getattr(model, "_supports_attention_backend", False):
         return None
-    *others, last = encoder.encoder.layer
-    encoder.encoder.layer = torch.nn.ModuleList(others)
-    return last
+    from bge_core.packed_attention import PACKED_ATTENTION, StockEncoder
 
-
-def _runs_packed(encoder: Any, checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Set the packed attention where the model's own code carries it, and say whether it does."""
-    if not getattr(encoder, "_supports_attention_backend", False):
-        return False
-    before = encoder.config._attn_implementation
-    encoder.set_attn_implementation(PACKED_ATTENTION)
-    if checkpoint.family in _PACKED_FAMILIES:
-        return True
+    before = model.config._attn_implementation
+    encoder = StockEncoder(model, types=takes_types(model))
     with contextlib.suppress(Exception):
         # Anything that goes wrong here goes right on padded batches.
-        runner = PackedRunner(
-            encoder,
-            lambda hidden, _: hidden,
-            _same,
-            device=device,
-            padding_position=checkpoint.padding_position,
-        )
+        model.set_attn_implementation(PACKED_ATTENTION)
         short, long = Tokens([5, 6, 7], 3), Tokens([7, 8, 9, 6, 5], 5)
-        together = np.asarray(runner.run([short, long]))
-        apart = np.concatenate([runner.run([short]), runner.run([long])])
-        encoder.set_attn_implementation(before)
+
+        def rows(*sequences: Tokens) -> NDArray[np.float32]:
+            return to_numpy(encoder.rows(Pack(sequences, device, checkpoint.padding_position)))
+
         with torch.inference_mode():
-            alone = _numpy(encoder(input_ids=torch.tensor([long.ids], device=device))[0][0])
-        close = 1e-4 if next(encoder.parameters()).dtype == torch.float32 else 2e-2
+            together = rows(short, long)
+            apart = np.concatenate([rows(short), rows(long)])
+            model.set_attn_implementation(before)
+            alone = to_numpy(model(input_ids=torch.tensor([long.ids], device=device))[0][0])
+        close = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
         if np.allclose(together, apart, atol=close) and np.allclose(alone, apart[3:], atol=close):
-            encoder.set_attn_implementation(PACKED_ATTENTION)
-            return True
-    encoder.set_attn_implementation(before)
-    return False
+            model.set_attn_implementation(PACKED_ATTENTION)
+            return encoder
+    model.set_attn_implementation(before)
+    return None
 
 
 def _sentence_transformers(
@@ -330,7 +343,8 @@ def _sentence_transformers(
             f"transformer, pooling and normalisation: {exc}"
         )
         raise CheckpointError(msg) from exc
-    encoder = model[0].auto_model
+    encoder: Any = model[0].auto_model
+    _lay_out(model, device, dtype)
     logger.debug("%r has modules of its own: it runs padded.", checkpoint.name)
     # Normalisation is the caller's to choose.
     modules = [module for module in model if type(module).__name__ != "Normalize"]
@@ -345,25 +359,26 @@ def _sentence_transformers(
     return PaddedRunner(
         forward,
         None,
-        encoder=encoder,
+        types=takes_types(encoder),
         pad=checkpoint.pad,
         device=device,
+        budget=_default_budget(encoder.config, device, dtype),
     )
 
 
-def _default_budget(encoder: Any, device: torch.device) -> int:
+def _default_budget(config: Any, device: torch.device, dtype: str) -> int:
     if device.type == "cpu":
         # A small working set: activations stay in the cache (docs/architecture.md).
         return 2048
     if device.type != "cuda":
         return 8192
     # Live at once in a layer: a few rows of hidden size and one of the feed-forward.
-    config = encoder.config
     wide = getattr(config, "intermediate_size", 4 * config.hidden_size) + 8 * config.hidden_size
-    size = next(encoder.parameters()).element_size()
+    size = getattr(torch, dtype).itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return int(min(max(free // 2 // (wide * size), 2048), 131_072))
 
 
-def _numpy(rows: Tensor) -> NDArray[np.float32]:
+def to_numpy(rows: Tensor) -> NDArray[np.float32]:
+    """Bring rows to the caller's side, float32."""
     return rows.float().cpu().numpy()

@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bge_core import ArgumentError, ClosedError, ComputationError, Embedder, TruncationError
+from bge_core import (
+    ArgumentError,
+    ClosedError,
+    ComputationError,
+    Embedder,
+    TruncationError,
+    checkpoint,
+    runner,
+)
 
 EN = "Represent this sentence for searching relevant passages: "
 ZH = "为这个句子生成表示以用于检索相关文章："
@@ -593,17 +601,15 @@ async def test_queries_and_documents_run_side_by_side(embedder):
 async def test_the_event_loop_s_thread_neither_loads_nor_computes(
     en_folder, copy_of, monkeypatch, computed, method
 ):
-    import transformers
-
     threads = []
-    for name in ("AutoModel", "AutoTokenizer"):
-        load = getattr(transformers, name).from_pretrained
+    for module, name in ((checkpoint, "load_tokenizer"), (runner, "load_runner")):
+        load = getattr(module, name)
 
         def remember(*args, _load=load, **options):
             threads.append(threading.current_thread())
             return _load(*args, **options)
 
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", remember)
+        monkeypatch.setattr(module, name, remember)
     with Embedder(copy_of(en_folder)) as embedder:
         await getattr(embedder, method)(["panda"])
     assert len(threads) >= 2

@@ -91,3 +91,13 @@ def test_everything_but_the_model_is_keyword_only_and_named(cls):
 def test_an_unknown_argument_is_refused(cls, en_folder):
     with pytest.raises(TypeError, match="batch_size"):
         cls(en_folder, batch_size=8)
+
+
+def test_the_first_vector_comes_without_transformers_modelling_code(en_folder):
+    """Importing that takes longer than all the rest together."""
+    code = (
+        f"from bge_core import Embedder; Embedder({str(en_folder)!r}).embed_queries(['panda']); "
+        "import sys; print([n for n in ('transformers.modeling_utils', 'sentence_transformers', "
+        "'torch._dynamo', 'scipy') if n in sys.modules])"
+    )
+    assert run_python(code) == "[]"

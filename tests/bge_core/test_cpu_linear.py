@@ -1,0 +1,63 @@
+"""Linear layers in oneDNN's layout give what torch's own give."""
+
+import platform
+
+import pytest
+import torch
+
+from bge_core import cpu_linear
+from bge_core.cpu_linear import CpuLinear, lay_out
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not cpu_linear._works(),
+    reason="this torch or this CPU has no oneDNN layers",
+)
+
+
+def model():
+    torch.manual_seed(1)
+    return torch.nn.ModuleList(
+        [
+            torch.nn.Linear(48, 96, bias=False),
+            torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.GELU()),
+            torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.GELU("tanh")),
+            torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.ReLU(), torch.nn.GELU()),
+        ]
+    ).eval()
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (7, 48), (1, 300, 48), (5, 1, 48)])
+def test_the_numbers_are_the_same(shape):
+    plain, fast = model(), model()
+    lay_out(fast)
+    assert sum(isinstance(module, CpuLinear) for module in fast.modules()) == 4
+    assert not any(type(module) is torch.nn.Linear for module in fast.modules())
+    rows = torch.randn(shape)
+    with torch.inference_mode():
+        for own, expected in zip(fast, plain, strict=True):
+            torch.testing.assert_close(own(rows), expected(rows), atol=1e-6, rtol=1e-5)
+            # Rows that are a view with gaps, as a pack's may be.
+            gaps = torch.randn(2, *shape)[1].expand(shape)[..., :1].expand(shape)
+            torch.testing.assert_close(own(gaps), expected(gaps), atol=1e-6, rtol=1e-5)
+
+
+def test_a_subclass_is_left_alone():
+    class Doubled(torch.nn.Linear):
+        def forward(self, rows):
+            return 2 * super().forward(rows)
+
+    parent = torch.nn.Sequential(Doubled(4, 4))
+    lay_out(parent)
+    assert type(parent[0]) is Doubled
+
+
+@pytest.mark.parametrize("lack", ["processor", "operators"])
+def test_the_model_stays_as_it_is_where_that_can_t_be_had(lack, monkeypatch):
+    if lack == "processor":
+        monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    else:
+        # As a torch without them would.
+        monkeypatch.setattr(CpuLinear, "__init__", lambda *_, **__: torch.ops.mkldnn.no_such_thing)
+    plain = model()
+    lay_out(plain)
+    assert not any(isinstance(module, CpuLinear) for module in plain.modules())
