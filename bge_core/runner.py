@@ -149,6 +149,7 @@ def load_runner(
     device: str,
     dtype: str,
     trust_remote_code: bool,
+    answer: int | None = None,
 ) -> Runner:
     """Load a checkpoint's weights onto a device, ready to execute packs.
 
@@ -159,6 +160,7 @@ def load_runner(
         device: A device that this machine has.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         trust_remote_code: Run Python code that the checkpoint carries.
+        answer: The token whose logit is the score, of a reranker that is a language model.
 
     Raises:
         CheckpointError: The weights are missing or damaged.
@@ -169,7 +171,10 @@ def load_runner(
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(place)
     encoder = model if kind == "embedder" else model.base_model
-    head = _same if kind == "embedder" else _classifier(model)
+    # A decoder would keep keys and values for the tokens that nobody will generate.
+    encoder.config.use_cache = False
+    pooling = "last" if answer is not None else pooling or "cls"
+    head: Head | None = _same if kind == "embedder" else _classifier(model, answer)
     if head is not None and _runs_packed(encoder, checkpoint, place):
         if gives_m3(checkpoint, pooling):
             from bge_core.m3_runner import M3Runner
@@ -180,19 +185,19 @@ def load_runner(
             )
         return PackedRunner(
             encoder,
-            _POOLS[pooling or "cls"],
+            _POOLS[pooling],
             head,
-            last_layer=_take_last_layer(encoder, checkpoint, pooling or "cls"),
+            last_layer=_take_last_layer(encoder, checkpoint, pooling),
             device=place,
             padding_position=checkpoint.padding_position,
         )
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
-    if kind == "embedder":
-        pool = _POOLS[pooling or "cls"]
+    if head is not None:
+        pool = _POOLS[pooling]
         return PaddedRunner(
-            lambda inputs: model(**inputs)[0],
-            pool,
-            encoder=model,
+            lambda inputs: encoder(**inputs)[0],
+            lambda hidden, pack: head(pool(hidden, pack)),
+            encoder=encoder,
             pad=checkpoint.pad,
             device=place,
         )
@@ -259,8 +264,12 @@ def _same(rows: Tensor) -> Tensor:
     return rows
 
 
-def _classifier(model: Any) -> Head | None:
-    """Give the model's own pooler and classifier on first rows; None if they need more."""
+def _classifier(model: Any, answer: int | None) -> Head | None:
+    """Give the model's own head on one row a sequence; None if it needs more."""
+    if answer is not None:
+        # The other words' logits, a quarter of a million of them, are nobody's business.
+        word = model.get_output_embeddings().weight[answer].float()
+        return lambda rows: (rows.float() @ word)[:, None]
     name = type(model).__name__
     if name == "BertForSequenceClassification":
         return lambda rows: model.classifier(model.bert.pooler(rows[:, None]))
