@@ -11,6 +11,7 @@ from bge_core.errors import (
     MissingExtraError,
     TruncationError,
 )
+from bge_core.instructions import QueryExample
 from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
 from bge_core.reranker import Reranker
 from bge_core.scorer import M3Reranker, Scorer, make_scorer
@@ -28,6 +29,7 @@ __all__ = [
     "M3Reranker",
     "M3Weights",
     "MissingExtraError",
+    "QueryExample",
     "Reranker",
     "Scorer",
     "TruncationError",

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from bge_core.errors import CheckpointError, InputTypeError
-from bge_core.profiles import PROFILES, Output, Profile, find_profile
+from bge_core.profiles import PROFILES, Output, PairPrompt, Profile, find_profile
 from bge_core.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -185,6 +185,11 @@ class Checkpoint:
     prompts: Mapping[str, str]
     heads: frozenset[Output]
 
+    @property
+    def pair_prompt(self) -> PairPrompt | None:
+        """How it is asked to score a pair; None unless it does so as a language model."""
+        return None if self.profile is None or self.labels else self.profile.pair_prompt
+
     def digest(self) -> str:
         """Hash what is in the folder, for fingerprints: the same on every machine.
 
@@ -330,6 +335,8 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
             "a reranker class, and an embedding model such as 'BAAI/bge-small-en-v1.5' here."
         )
         raise CheckpointError(msg)
+    if kind == "reranker" and checkpoint.pair_prompt is not None:
+        return
     if kind == "reranker" and not checkpoint.labels:
         msg = (
             f"{name!r} is an embedding model: it has no classification head, so it can't score "
@@ -416,6 +423,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
             f"{checkpoint.body} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
         raise CheckpointError(msg)
+    _mark_ends(loaded, _File(checkpoint.body / "tokenizer_config.json").values)
     marks = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
     return Tokenizer(
         loaded.backend_tokenizer,
@@ -423,6 +431,18 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
         lower_case=checkpoint.lower_case,
         marks={mark for mark in marks if mark is not None},
     )
+
+
+def _mark_ends(loaded: Any, settings: Mapping[str, Any]) -> None:
+    """Add the first and the last token that tokenizer_config.json asks for.
+
+    transformers 5 adds those of tokenizer.json alone, where transformers 4 went by these settings
+    for the classes named here. The decoders come from the time of transformers 4, and their
+    vector is that of the last token.
+    """
+    if settings.get("tokenizer_class") in _MARKED_CLASSES and "add_eos_token" in settings:
+        loaded.add_bos_token = bool(settings.get("add_bos_token", True))
+        loaded.add_eos_token = bool(settings["add_eos_token"])
 
 
 def load_model(
@@ -444,6 +464,10 @@ def load_model(
         )
         raise CheckpointError(msg)
     loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
+    if kind == "reranker" and checkpoint.pair_prompt is not None:
+        from transformers import AutoModelForCausalLM
+
+        loader = AutoModelForCausalLM
     try:
         with without_bars():
             model, report = loader.from_pretrained(
@@ -555,6 +579,8 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
     return CheckpointError(msg)
 
 
+# Those whose fast versions in transformers 4 went by tokenizer_config.json.
+_MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
 
 

@@ -6,17 +6,18 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError
+from bge_core.instructions import Frame, QueryExample, make_frame
 from bge_core.local_model import LocalModel, not_finite
 from bge_core.passes import Ask, find_passes
 from bge_core.placement import Placement
-from bge_core.profiles import Profile, TaskInstruction, find_profile
+from bge_core.profiles import Profile, find_profile
 from bge_core.tokens import check_text, check_texts
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _POOLINGS = ("cls", "mean", "last")
 
 
 class Embedder(LocalModel[str]):
-    """A BGE embedding model, or any encoder that sentence-transformers can save.
+    """A BGE embedding model, or any other that sentence-transformers can save.
 
     Arguments are checked at once; weights load at first use, are shared by every embedder on the
     same model, revision, device and dtype, and are freed when the last of them is closed. One
@@ -42,15 +43,21 @@ class Embedder(LocalModel[str]):
     Args:
         model: A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder.
         query_instruction: Put in front of queries, never of documents. None for the one that
-            the model card gives, `""` for none.
+            the model card gives, `""` for none. Of a decoder it is the task alone, which goes
+            into the frame that the model was trained with.
+        task_description: A decoder's word for the same: what its queries are, and what is to be
+            found for them, in a sentence.
+        examples: Queries and their answers that bge-en-icl sees in front of each query, as
+            `QueryExample` or dicts of `query`, `response` and, where it is another than the
+            queries', `instruct`. They don't count to `max_length`.
         task: llm-embedder's task: `"qa"` (its default), `"icl"`, `"chat"`, `"lrlm"`, `"tool"` or
             `"convsearch"`. None for every other model.
         pooling: `"cls"`, `"mean"` or `"last"`; None for what the checkpoint says.
         normalize: Scale vectors to unit length, so that a dot product is the cosine. False
             gives the pooled vector as it is.
         device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
-        dtype: `"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or
-            `"bfloat16"`. Vectors are float32 always.
+        dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
+            `"float16"` or `"bfloat16"`. Vectors are float32 always.
         use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
         max_length: Tokens that are read of a text, special ones included; None for the
             checkpoint's own limit.
@@ -83,6 +90,8 @@ class Embedder(LocalModel[str]):
         model: str | os.PathLike[str],
         *,
         query_instruction: str | None = None,
+        task_description: str | None = None,
+        examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
         task: str | None = None,
         pooling: str | None = None,
         normalize: bool = True,
@@ -101,13 +110,17 @@ class Embedder(LocalModel[str]):
     ) -> None:
         if query_instruction is not None:
             query_instruction = check_text(query_instruction, "query_instruction")
+        if task_description is not None:
+            task_description = check_text(task_description, "task_description")
         if pooling is not None and pooling not in _POOLINGS:
             msg = f"pooling={pooling!r} is not served: use 'cls', 'mean' or 'last', or None."
             raise ArgumentError(msg)
         self._instruction = query_instruction
         self._task = task
         self._normalize = normalize
-        self._resolved: tuple[str | None, str] | None = None
+        self._task_description = task_description
+        self._examples = QueryExample.all_of(examples)
+        self._resolved: Frame | None = None
         super().__init__(
             kind="embedder",
             source=Source.of(
@@ -125,16 +138,16 @@ class Embedder(LocalModel[str]):
             on_truncation=on_truncation,
             backend=backend,
         )
-        if task is not None:
-            self._task_instruction(self._profile())
+        known = self._source.is_local or find_profile(self.model) is not None
+        if known or task is not None or task_description is not None or self._examples:
+            _ = self._frame  # making it is the check
 
     @property
     def query_instruction(self) -> str:
-        """What is put in front of a query; `""` for nothing."""
-        instruction = self._instructions()[0]
-        if instruction is None:
-            _warn_of_no_instruction(self.model)
-        return instruction or ""
+        """What is put in front of a query, of a decoder its task; `""` for nothing."""
+        if self._frame.instruction is None:
+            _warn_of_no_instruction(self.model, self._profile())
+        return self._frame.instruction or ""
 
     @property
     def dimension(self) -> int:
@@ -153,14 +166,16 @@ class Embedder(LocalModel[str]):
         namespaces of caches.
         """
         found = self.checkpoint
+        frame = self._frame
         parts = (
             self._content(),
             self._pooling or found.pooling,
             self._normalize,
             self.max_length,
             self.dtype,
-            self._instructions()[0] or "",
-            self._instructions()[1],
+            frame.before,
+            frame.document,
+            *([frame.examples, frame.after] if frame.after else []),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -180,7 +195,8 @@ class Embedder(LocalModel[str]):
             InputTypeError: `texts` is no list of str.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        return self._vectors(self._compute(self._queries(texts), lane="query"))
+        queries = self._queries(texts)
+        return self._vectors(self._compute(queries, lane="query", encode=self._encode_queries))
 
     async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
         """Embed queries without blocking the event loop; see `embed_queries`."""
@@ -189,7 +205,7 @@ class Embedder(LocalModel[str]):
             queries = await asyncio.to_thread(self._queries, texts)
         else:
             queries = self._queries(texts)
-        rows = await self._acompute(queries, lane="query")
+        rows = await self._acompute(queries, lane="query", encode=self._encode_queries)
         return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
 
     def embed_documents(
@@ -223,26 +239,35 @@ class Embedder(LocalModel[str]):
         return await asyncio.to_thread(self._vectors, rows)
 
     def _queries(self, texts: Iterable[str]) -> list[str]:
-        before, after = self._query_frame()
-        return [f"{before}{text}{after}" for text in check_texts(texts, "texts")]
+        checked = check_texts(texts, "texts")
+        if self._frame.instruction is None:
+            _warn_of_no_instruction(self.model, self._profile())
+        before = self._frame.before
+        return [f"{before}{text}" for text in checked] if before else checked
 
     def _documents(self, texts: Iterable[str]) -> list[str]:
         checked = check_texts(texts, "texts")
-        before = self._instructions()[1]
+        before = self._frame.document
         return [f"{before}{text}" for text in checked] if before else checked
-
-    def _query_frame(self) -> tuple[str, str]:
-        instruction = self.query_instruction
-        profile = self._profile()
-        if not instruction or profile is None:
-            return instruction, ""
-        before, _, after = profile.query_format.partition("{query}")
-        return before.replace("{instruction}", instruction), after
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[str]
     ) -> tuple[list[Tokens], list[bool]]:
         return tokenizer.encode(items, max_length=self.max_length)
+
+    def _encode_queries(
+        self, tokenizer: Tokenizer, items: Sequence[str]
+    ) -> tuple[list[Tokens], list[bool]]:
+        frame = self._frame
+        if not (frame.after or frame.examples):
+            return self._encode(tokenizer, items)
+        return tokenizer.encode_between(
+            items,
+            before=frame.examples,
+            after=frame.after,
+            max_length=self.max_length,
+            most=self.checkpoint.max_length,
+        )
 
     def _ask(self) -> Ask | None:
         # Whoever wants bge-m3's sparse output of the same texts shall need no second pass.
@@ -253,35 +278,19 @@ class Embedder(LocalModel[str]):
         # A published hub id is known without looking at its files.
         return find_profile(self.model) or self.checkpoint.profile
 
-    def _task_instruction(self, profile: Profile | None) -> TaskInstruction | None:
-        tasks = profile.tasks if profile else {}
-        if self._task is None:
-            return tasks.get("qa")
-        if self._task not in tasks:
-            msg = (
-                f"task={self._task!r} is none of {sorted(tasks)} of {self.model!r}."
-                if tasks
-                else f"task={self._task!r} is for BAAI/llm-embedder only, not for {self.model!r}: "
-                "leave it out, or pass query_instruction."
-            )
-            raise ArgumentError(msg)
-        return tasks[self._task]
-
-    def _instructions(self) -> tuple[str | None, str]:
-        """Give the query's instruction, None where nothing says one, and the document's."""
+    @property
+    def _frame(self) -> Frame:
         if self._resolved is None:
             profile = self._profile()
-            task = self._task_instruction(profile)
-            query: str | None
-            if task is not None:
-                query, document = task.query, task.document
-            elif profile is not None:
-                query, document = profile.query_instruction, ""
-            else:
-                prompts = self.checkpoint.prompts
-                query = prompts.get("query")
-                document = prompts.get("document") or prompts.get("passage") or ""
-            self._resolved = (query if self._instruction is None else self._instruction, document)
+            self._resolved = make_frame(
+                self.model,
+                profile,
+                {} if profile else self.checkpoint.prompts,
+                query_instruction=self._instruction,
+                task_description=self._task_description,
+                task=self._task,
+                examples=self._examples,
+            )
         return self._resolved
 
     def _vectors(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -296,15 +305,23 @@ class Embedder(LocalModel[str]):
         return rows
 
 
-def _warn_of_no_instruction(model: str) -> None:
-    if model not in _said:
-        _said.add(model)
+def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:
+    if model in _said:
+        return
+    _said.add(model)
+    if profile is not None:
         logger.warning(
-            "%r is no published BGE checkpoint and carries no query prompt: queries get no "
-            "instruction. Pass query_instruction='...' if it was trained with one, or "
-            "query_instruction='' if not.",
+            "%r wants a task for its queries, and its card leaves the wording to you: they get "
+            "none. Pass task_description='Given a ..., retrieve ...', or '' for none.",
             model,
         )
+        return
+    logger.warning(
+        "%r is no published BGE checkpoint and carries no query prompt: queries get no "
+        "instruction. Pass query_instruction='...' if it was trained with one, or "
+        "query_instruction='' if not.",
+        model,
+    )
 
 
 _said: set[str] = set()

@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item", str, tuple[str, str])
 """What is tokenised to one sequence: a text, or a (query, passage) pair."""
 
+Encode = Callable[["Tokenizer", Sequence[Item]], tuple[list[Tokens], list[bool]]]
+"""Items -> a sequence an item, and of each item whether it was cut."""
+
 # What `_start` makes anew in a copy or another process.
 _OF_A_PROCESS = frozenset(
     {"_checkpoint", "_closed", "_digest", "_engine", "_flight_lock", "_in_flight", "_lock"}
@@ -197,7 +200,12 @@ class LocalModel(ABC, Generic[Item]):
     def _placed(self) -> tuple[Sequence[str], str]:
         if self._backend == "openvino":
             return self._placement.devices or ("cpu",), "float32"
-        return self._placement.resolve()
+        profile = find_profile(self.model)
+        if profile is None:
+            # What another hub id says of itself is looked at when it loads.
+            found = self.checkpoint if self._source.is_local else self._checkpoint
+            profile = found.profile if found else None
+        return self._placement.resolve(profile.half if profile else "float16")
 
     def _content(self) -> str:
         """Hash the checkpoint's files, once: what is loaded is what was hashed."""
@@ -268,6 +276,8 @@ class LocalModel(ABC, Generic[Item]):
         if backend == "openvino" and fast is not None:
             both = [fast] * len(devices)
             return Engine({"query": both, "bulk": both}, tokenizer, name=found.name)
+        prompt = found.pair_prompt
+        answer = None if prompt is None else tokenizer.first_id(prompt.answer)
         loaded = [
             load_runner(
                 found,
@@ -276,6 +286,7 @@ class LocalModel(ABC, Generic[Item]):
                 device=device,
                 dtype=dtype,
                 trust_remote_code=trust,
+                answer=answer,
             )
             for device in devices
         ]
@@ -312,13 +323,19 @@ class LocalModel(ABC, Generic[Item]):
         return None
 
     def _compute(
-        self, items: Sequence[Item], *, lane: Lane, show_progress: bool = False
+        self,
+        items: Sequence[Item],
+        *,
+        lane: Lane,
+        encode: Encode[Item] | None = None,
+        show_progress: bool = False,
     ) -> NDArray[np.float32] | None:
         """Tokenise and compute, a few slices ahead of the workers.
 
         Args:
             items: Texts or pairs; equal ones are computed once.
             lane: The engine's lane.
+            encode: Tokenises items; None for `_encode`.
             show_progress: Show a progress bar.
 
         Returns:
@@ -327,7 +344,7 @@ class LocalModel(ABC, Generic[Item]):
         self._check_open()
         if not items:
             return None
-        call = Call(items, ask=self._ask())
+        call = Call(items, ask=self._ask(), encode=encode)
         self._fill(call, lane=lane, show_progress=show_progress)
         return call.stacked()
 
@@ -349,13 +366,18 @@ class LocalModel(ABC, Generic[Item]):
         self._report(call)
 
     async def _acompute(
-        self, items: Sequence[Item], *, lane: Lane, show_progress: bool = False
+        self,
+        items: Sequence[Item],
+        *,
+        lane: Lane,
+        encode: Encode[Item] | None = None,
+        show_progress: bool = False,
     ) -> NDArray[np.float32] | None:
         """Do the same on an event loop, without ever blocking it."""
         self._check_open()
         if not items:
             return None
-        make = partial(Call, items, ask=self._ask())
+        make = partial(Call, items, ask=self._ask(), encode=encode)
         small = _is_small(items)
         call = make() if small else await asyncio.to_thread(make)
         await self._afill(call, lane=lane, show_progress=show_progress)
@@ -395,15 +417,16 @@ class LocalModel(ABC, Generic[Item]):
     def _slices(self, tokenizer: Tokenizer, call: Call[Item]) -> Iterator[list[Tokens]]:
         """Tokenise slice by slice; all at once where a text that is too long is an error."""
         strict = self._on_truncation == "error"
+        encode = call.encode or self._encode
         whole: list[Tokens] = []
         if strict:
-            whole, call.cut = self._encode(tokenizer, call.items)
+            whole, call.cut = encode(tokenizer, call.items)
             self._report(call)
         for part in call.slices():
             if strict:
                 sequences = whole[part]
             else:
-                sequences, cut = self._encode(tokenizer, call.items[part])
+                sequences, cut = encode(tokenizer, call.items[part])
                 call.cut += cut
             if call.ask is not None:
                 sequences = [replace(sequence, ask=call.ask) for sequence in sequences]
@@ -466,13 +489,21 @@ class Call(Generic[Item]):
     Args:
         items: All items, in order.
         ask: What is asked for each of them beside a plain row.
+        encode: Tokenises them; None for the model's own way.
     """
 
-    def __init__(self, items: Sequence[Item], *, ask: Ask | None = None) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        ask: Ask | None = None,
+        encode: Encode[Item] | None = None,
+    ) -> None:
         index: dict[Item, int] = {}
         self.places = [index.setdefault(item, len(index)) for item in items]
         self.items: list[Item] = list(index)
         self.ask = ask
+        self.encode: Encode[Item] | None = encode
         self.cut: list[bool] = []
         self.rows: Rows = []
 

@@ -132,6 +132,12 @@ def load_openvino_runner(
             "pass backend='torch'."
         )
         raise CheckpointError(msg)
+    if pooling == "last" or checkpoint.pair_prompt is not None:
+        msg = (
+            f"{checkpoint.name!r} is a decoder, which backend='openvino' does not run: pass "
+            "backend='torch'."
+        )
+        raise CheckpointError(msg)
     core = openvino.Core()
     file = _kept(checkpoint, kind, pooling, openvino.__version__, cache_folder)
     model: Any = None

@@ -57,7 +57,8 @@ class Placement:
 
         Args:
             device: A device name, several of them, or None for the best one.
-            dtype: A dtype's name or a `torch.dtype`; `"auto"` is float16 on cuda, else float32.
+            dtype: A dtype's name or a `torch.dtype`; `"auto"` is float16 on cuda (bfloat16 for
+                decoders), else float32.
             use_fp16: FlagEmbedding's word: True means float16, False float32.
 
         Raises:
@@ -79,8 +80,11 @@ class Placement:
             named = wanted
         return cls(devices=_device_names(device), dtype=named)
 
-    def resolve(self) -> tuple[tuple[str, ...], str]:
+    def resolve(self, half: str = "float16") -> tuple[tuple[str, ...], str]:
         """Pick real devices and a real dtype on this machine; imports torch.
+
+        Args:
+            half: What `"auto"` means on cuda.
 
         Returns:
             The device names, at least one, and the dtype's name. float16 asked for on a CPU is
@@ -95,7 +99,7 @@ class Placement:
         on_cpu = [name for name in self.devices if name.split(":")[0] == "cpu"]
         if self.dtype == "auto":
             on_cuda = all(name.startswith("cuda") for name in devices)
-            return devices, "float16" if on_cuda else "float32"
+            return devices, half if on_cuda else "float32"
         if self.dtype == "float16" and on_cpu:
             if on_cpu[0] not in _half_on_cpu_said:
                 _half_on_cpu_said.add(on_cpu[0])

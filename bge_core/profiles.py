@@ -13,15 +13,21 @@ from pathlib import PurePath
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["PROFILES", "Output", "Profile", "TaskInstruction", "find_profile"]
+__all__ = ["PROFILES", "Output", "PairPrompt", "Profile", "TaskInstruction", "find_profile"]
 
 Kind = Literal["embedder", "reranker"]
 Pooling = Literal["cls", "mean", "last"]
 Output = Literal["dense", "sparse", "multi_vector"]
+Half = Literal["float16", "bfloat16"]
 
 _EN = "Represent this sentence for searching relevant passages: "
 _ZH = "为这个句子生成表示以用于检索相关文章："
 _WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query."
+_PLAIN = "{instruction}{query}"
+_ANSWERS = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the "
+    "query by providing a prediction of either 'Yes' or 'No'."
+)
 _GEMMA_NOTE = "Gemma Terms of Use: read them before commercial use."
 
 
@@ -39,6 +45,25 @@ class TaskInstruction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairPrompt:
+    """How a language model is asked to score a pair: its parts, in order, and the answer.
+
+    Attributes:
+        query: Put in front of the query.
+        passage: Put in front of the passage.
+        separator: Put between query and passage, and between passage and question.
+        question: Asked after the pair, whatever was cut of it.
+        answer: The score is the logit of the first token of this word.
+    """
+
+    query: str = "A: "
+    passage: str = "B: "
+    separator: str = "\n"
+    question: str = _ANSWERS
+    answer: str = "Yes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """One published checkpoint.
 
@@ -52,8 +77,16 @@ class Profile:
         pooling: Which rows of the last layer make the vector; None for a reranker.
         outputs: What an embedder gives of a text: a dense vector, and of bge-m3 a weight a token
             (sparse) and a vector a token; empty for a reranker.
-        query_instruction: The model card's instruction; `""` where it wants none.
-        query_format: How instruction and query are joined.
+        query_instruction: The model card's instruction; `""` where it wants none, and None where
+            it wants one that the card leaves to the user.
+        query_format: How instruction and query are joined; a query without an instruction is
+            left as it is.
+        query_suffix: Put behind every query, with or without an instruction.
+        example_format: How an example of a query and its answer is written, of the models that
+            take some; each is followed by an empty line.
+        half: What `dtype="auto"` means on cuda: decoders were trained in bfloat16, and Gemma 2
+            overflows in float16.
+        pair_prompt: How a reranker that is a language model is asked; None for a cross-encoder.
         tasks: llm-embedder's instructions by task; empty elsewhere.
         licence: The licence of the weights.
         licence_note: What a user should know before using them.
@@ -68,21 +101,27 @@ class Profile:
     dimension: int | None = None
     pooling: Pooling | None = None
     outputs: tuple[Output, ...] = ("dense",)
-    query_instruction: str = ""
-    query_format: str = "{instruction}{query}"
+    query_instruction: str | None = ""
+    query_format: str = _PLAIN
+    query_suffix: str = ""
+    example_format: str = ""
+    half: Half = "float16"
+    pair_prompt: PairPrompt | None = None
     tasks: Mapping[str, TaskInstruction] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = "mit"
     licence_note: str = ""
     refusal: str | None = None
 
+    @property
+    def frames_tasks(self) -> bool:
+        """Whether queries get a task in a frame, and not an instruction as it is."""
+        return self.query_format != _PLAIN
 
-_DECODER_REFUSAL = (
-    "it is a decoder, and this release serves encoders (BERT and XLM-RoBERTa): "
-    "use BAAI/bge-m3 or BAAI/bge-large-en-v1.5 instead"
-)
-_DECODER_RERANKER_REFUSAL = (
-    "it scores with a language model, and this release serves cross-encoders (BERT and "
-    "XLM-RoBERTa): use BAAI/bge-reranker-v2-m3 instead"
+
+_OWN_CODE = (
+    "its layers and heads are Python code of its own, not of transformers, and that code could "
+    "not be tried with current transformers, so it is not run, with trust_remote_code=True "
+    "neither: use BAAI/bge-reranker-v2-gemma or BAAI/bge-reranker-v2-m3 instead"
 )
 
 
@@ -124,8 +163,10 @@ def _decoder(
     languages: tuple[str, ...],
     dimension: int,
     max_length: int,
-    instruction: str,
+    instruction: str | None,
     query_format: str = "<instruct>{instruction}\n<query>{query}",
+    query_suffix: str = "",
+    example_format: str = "",
     licence: str = "apache-2.0",
     licence_note: str = "",
 ) -> Profile:
@@ -139,9 +180,11 @@ def _decoder(
         pooling="last",
         query_instruction=instruction,
         query_format=query_format,
+        query_suffix=query_suffix,
+        example_format=example_format,
+        half="bfloat16",
         licence=licence,
         licence_note=licence_note,
-        refusal=_DECODER_REFUSAL,
     )
 
 
@@ -153,6 +196,8 @@ def _reranker(
     max_length: int,
     licence: str = "mit",
     licence_note: str = "",
+    half: Half = "float16",
+    pair_prompt: PairPrompt | None = None,
     refusal: str | None = None,
 ) -> Profile:
     return Profile(
@@ -162,6 +207,8 @@ def _reranker(
         languages=languages,
         max_length=max_length,
         outputs=(),
+        half=half,
+        pair_prompt=pair_prompt,
         licence=licence,
         licence_note=licence_note,
         refusal=refusal,
@@ -248,7 +295,8 @@ _ROWS: tuple[Profile, ...] = (
         dimension=4096,
         max_length=32768,
         instruction=_WEB_SEARCH,
-        query_format="<instruct>{instruction}\n<query>{query}\n<response>",
+        query_suffix="\n<response>",
+        example_format="<instruct>{instruct}\n<query>{query}\n<response>{response}",
     ),
     _decoder(
         "bge-code-v1",
@@ -267,7 +315,7 @@ _ROWS: tuple[Profile, ...] = (
         languages=("en",),
         dimension=4096,
         max_length=32768,
-        instruction="",
+        instruction=None,
         query_format="Instruct: {instruction}\nQuery: {query}",
         licence="unknown",
         licence_note="The model card was not seen: read its licence before use.",
@@ -288,7 +336,8 @@ _ROWS: tuple[Profile, ...] = (
         max_length=8192,
         licence="apache-2.0",
         licence_note="The backbone, gemma-2b, is under the Gemma Terms of Use.",
-        refusal=_DECODER_RERANKER_REFUSAL,
+        half="bfloat16",
+        pair_prompt=PairPrompt(),
     ),
     _reranker(
         "bge-reranker-v2-minicpm-layerwise",
@@ -296,7 +345,7 @@ _ROWS: tuple[Profile, ...] = (
         languages=("multilingual",),
         max_length=2048,
         licence="apache-2.0",
-        refusal=_DECODER_RERANKER_REFUSAL,
+        refusal=_OWN_CODE,
     ),
     _reranker(
         "bge-reranker-v2.5-gemma2-lightweight",
@@ -305,7 +354,7 @@ _ROWS: tuple[Profile, ...] = (
         max_length=8192,
         licence="gemma",
         licence_note=_GEMMA_NOTE,
-        refusal=_DECODER_RERANKER_REFUSAL,
+        refusal=_OWN_CODE,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""A query and passages -> scores and ranks, by a cross-encoder."""
+"""A query and passages -> scores and ranks, by a cross-encoder or a language model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ Pair = tuple[str, str]
 
 
 class Reranker(LocalModel[Pair]):
-    """A BGE cross-encoder: BERT or XLM-RoBERTa with a classification head of one label.
+    """A BGE reranker: a cross-encoder with one label, or bge-reranker-v2-gemma.
 
     A pair is built as FlagEmbedding builds it: the query is cut to three quarters of
-    `max_length`, then the passage to what is left. Arguments are checked at once; weights load at
-    first use and are shared as those of `Embedder` are.
+    `max_length`, then the passage to what is left. bge-reranker-v2-gemma is a language model: a
+    question follows the pair, and the score is the logit of "Yes" as the next word. Arguments are
+    checked at once; weights load at first use and are shared as those of `Embedder` are.
 
     Args:
         model: A hub id (`"BAAI/bge-reranker-base"`) or a folder.
         normalize: Give the sigmoid of the logit, from 0 to 1, each score for itself. False gives
             the raw logit of the model card, unbounded. The order is the same.
         device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
-        dtype: `"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or
-            `"bfloat16"`. Scores are float32 always.
+        dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
+            `"float16"` or `"bfloat16"`. Scores are float32 always.
         use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
         max_length: Tokens that are read of a pair, special ones included; None for the
-            checkpoint's own limit.
+            checkpoint's own limit. bge-reranker-v2-gemma reads as many more as its question has,
+            as in FlagEmbedding, and asks the question whatever was cut.
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
@@ -235,6 +237,15 @@ class Reranker(LocalModel[Pair]):
         self, tokenizer: Tokenizer, items: Sequence[Pair]
     ) -> tuple[list[Tokens], list[bool]]:
         queries, passages = zip(*items, strict=True)
+        found = self.checkpoint
+        if found.pair_prompt is not None:
+            return tokenizer.encode_prompted(
+                queries,
+                passages,
+                found.pair_prompt,
+                max_length=self.max_length,
+                most=found.max_length,
+            )
         return tokenizer.encode_pairs(queries, passages, max_length=self.max_length)
 
     def _checked(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:

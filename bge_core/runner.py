@@ -154,6 +154,7 @@ def load_runner(
     device: str,
     dtype: str,
     trust_remote_code: bool,
+    answer: int | None = None,
 ) -> Runner:
     """Load a checkpoint's weights onto a device, ready to execute packs.
 
@@ -164,6 +165,7 @@ def load_runner(
         device: A device that this machine has.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         trust_remote_code: Run Python code that the checkpoint carries.
+        answer: The token whose logit is the score, of a reranker that is a language model.
 
     Raises:
         CheckpointError: The weights are missing or damaged.
@@ -178,21 +180,30 @@ def load_runner(
         return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(place)
-    _lay_out(model, place, dtype)
     encoder = model if kind == "embedder" else model.base_model
-    head = _same if kind == "embedder" else _classifier(model)
+    # A decoder would keep keys and values for the tokens that nobody will generate.
+    encoder.config.use_cache = False
+    _lay_out(encoder, place, dtype)
+    pooling = pooling if answer is None else "last"
+    head: Head | None = _same if kind == "embedder" else _classifier(model, answer)
     stock = None if head is None else _stock_encoder(encoder, checkpoint, place)
     if head is not None and stock is not None:
         return _packed(stock, checkpoint, pooling, head, encoder.config, place, dtype)
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
+    # Without a head that takes rows, the whole model gives the outcome itself.
+    whole = model if head is None else encoder
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
-        out: Tensor = model(**inputs)[0]
+        out: Tensor = whole(**inputs)[0]
         return out
+
+    def rows(hidden: Tensor, pack: Pack) -> Tensor:
+        pooled = _POOLS[pooling](hidden, pack)
+        return pooled if head is None else head(pooled)
 
     return PaddedRunner(
         forward,
-        _POOLS[pooling] if kind == "embedder" else None,
+        None if head is None else rows,
         types=takes_types(encoder),
         pad=checkpoint.pad,
         device=place,
@@ -254,8 +265,12 @@ def _same(rows: Tensor) -> Tensor:
     return rows
 
 
-def _classifier(model: Any) -> Head | None:
-    """Give the model's own pooler and classifier on first rows; None if they need more."""
+def _classifier(model: Any, answer: int | None) -> Head | None:
+    """Give the model's own head on one row a sequence; None if it needs more."""
+    if answer is not None:
+        # The other words' logits, a quarter of a million of them, are nobody's business.
+        word = model.get_output_embeddings().weight[answer].float()
+        return lambda rows: (rows.float() @ word)[:, None]
     name = type(model).__name__
     if name == "BertForSequenceClassification":
         return lambda rows: model.classifier(model.bert.pooler(rows[:, None]))

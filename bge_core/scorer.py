@@ -1,4 +1,4 @@
-"""The right scorer for a checkpoint: a cross-encoder, or bge-m3's three outputs."""
+"""The right scorer for a checkpoint: a reranker, or bge-m3's three outputs."""
 
 from __future__ import annotations
 
@@ -187,9 +187,9 @@ def make_scorer(
     """Make the scorer that a checkpoint is for.
 
     Args:
-        model: A cross-encoder, `"BAAI/bge-m3"`, or a folder of either.
+        model: A reranker, `"BAAI/bge-m3"`, or a folder of either.
         m3_weights: How much each score of bge-m3 counts; None for 1, 0.3 and 1, and for a
-            cross-encoder.
+            reranker.
         normalize: As `Reranker` takes it; bge-m3's scores are what they are.
         device: As `Reranker` takes it, and so all that follow.
         dtype: A number format.
@@ -208,7 +208,7 @@ def make_scorer(
         An `M3Reranker` for bge-m3 and what was trained from it, a `Reranker` for the rest.
 
     Raises:
-        ArgumentError: A value that can't be served, or weights for a cross-encoder.
+        ArgumentError: A value that can't be served, or weights for a reranker.
         CheckpointError: A model that can't be found, is damaged, or scores no pairs.
         InputTypeError: A value of the wrong type.
 
@@ -246,7 +246,7 @@ def make_scorer(
 
 def _is_m3(source: Source) -> bool:
     if not source.is_local:
-        # Another hub id is a cross-encoder or will be refused: nothing is downloaded to see.
+        # Another hub id is a reranker or will be refused: nothing is downloaded to see.
         return _all_outputs(find_profile(source.model))
     found = read(source, locate(source))
     return not found.labels and (_all_outputs(found.profile) or found.heads == HEADS.keys())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import tokenizers
 
     from bge_core.passes import Ask
+    from bge_core.profiles import PairPrompt
 
 __all__ = [
     "OnTruncation",
@@ -149,6 +150,94 @@ class Tokenizer:
             whole = [*first, *ids[:room], *self._pair_suffix]
             sequences.append(Tokens(whole, len(first) if self._has_types else len(whole)))
         return sequences, cut
+
+    def encode_between(
+        self, texts: Sequence[str], *, before: str, after: str, max_length: int, most: int
+    ) -> tuple[list[Tokens], list[bool]]:
+        """Tokenise texts that stand between two others which are never cut.
+
+        As FlagEmbedding and the model card do for bge-en-icl: the text is tokenised, cut and spelt
+        out again, which may add a space after a special token, and then the whole is tokenised as
+        one.
+
+        Args:
+            texts: Any texts.
+            before: Put in front of each, beside `max_length`.
+            after: Put behind each, and counted in it.
+            max_length: Tokens that may remain of a text and what is behind it, special ones
+                included.
+            most: Tokens that may remain of the whole, save for such spaces.
+
+        Returns:
+            A sequence a text, and of each text whether it was cut.
+
+        Raises:
+            ArgumentError: What stands around a text leaves no room for it.
+        """
+        ahead, behind = (len(ids) for ids in self._ids([before, after]))
+        room = min(max_length, most - ahead) - behind - self.single_extra
+        if room < 1:
+            msg = (
+                f"No room is left for a query: the examples take {ahead} tokens, and what is "
+                f"behind it {behind + self.single_extra}, of max_length={max_length} beside the "
+                f"examples and of the {most} that the model can take with them. Pass fewer or "
+                "shorter examples, or a larger max_length."
+            )
+            raise ArgumentError(msg)
+        kept, cut = [], []
+        for ids in self._ids(texts):
+            cut.append(len(ids) > room)
+            text = self._backend.decode(ids[:room], skip_special_tokens=False)
+            kept.append(f"{before}{text}{after}")
+        wholes = ([*self._prefix, *ids, *self._suffix] for ids in self._ids(kept))
+        return [Tokens(whole, len(whole)) for whole in wholes], cut
+
+    def encode_prompted(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        prompt: PairPrompt,
+        *,
+        max_length: int,
+        most: int,
+    ) -> tuple[list[Tokens], list[bool]]:
+        """Tokenise pairs for a language model that is asked about them, as FlagEmbedding does.
+
+        The query is cut to three quarters of `max_length` and the passage to `max_length`, then
+        the pair to `max_length` and as many tokens as the separator and the question have. These
+        follow after the cut, and are always whole.
+
+        Args:
+            queries: A query a pair; equal ones are tokenised once.
+            passages: A passage a pair.
+            prompt: What is put around them.
+            max_length: Tokens of a pair, the question not counted.
+            most: Tokens that may remain of the whole.
+
+        Returns:
+            A sequence a pair, and of each pair whether it was cut.
+        """
+        between, question = self._ids([prompt.separator, prompt.question])
+        tail = [*between, *question]
+        pair_room = min(max_length + len(tail), most - len(tail))
+        query_room = max_length * 3 // 4
+        distinct = list(dict.fromkeys(queries))
+        asked = dict(
+            zip(distinct, self._ids([prompt.query + query for query in distinct]), strict=True)
+        )
+        sequences, cut = [], []
+        written = self._ids([prompt.passage + passage for passage in passages])
+        for query, ids in zip(queries, written, strict=True):
+            first = [*self._prefix, *asked[query][:query_room], *between]
+            room = max(min(max_length, pair_room - len(first)), 0)
+            cut.append(len(ids) > room or len(asked[query]) > query_room)
+            whole = [*first, *ids[:room], *tail]
+            sequences.append(Tokens(whole, len(whole)))
+        return sequences, cut
+
+    def first_id(self, word: str) -> int:
+        """Give a word's first token."""
+        return next(iter(self._ids([word])))[0]
 
     def text_of(self, token_id: int) -> str:
         """Give a token's text, as the vocabulary spells it."""

@@ -15,7 +15,7 @@ __all__ = ["BGECrossEncoder"]
 
 
 class BGECrossEncoder(LocalModelFields, BaseCrossEncoder):
-    """A BGE cross-encoder that scores pairs of texts, for `CrossEncoderReranker` and the like.
+    """A BGE reranker that scores pairs of texts, for `CrossEncoderReranker` and the like.
 
     `BGEReranker` does more with less: it puts scores into the documents' metadata and knows a
     threshold. Arguments are checked at once; weights load at first use and are shared by all

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, Embedder
+from bge_core import ArgumentError, Embedder, QueryExample
 from bge_core.tokens import check_text
 from langchain_bge._fields import LocalModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
@@ -30,7 +30,7 @@ _MOVED = {
 
 
 class BGEEmbeddings(LocalModelFields, Embeddings):
-    """A BGE embedding model, or any encoder that sentence-transformers can save.
+    """A BGE embedding model, or any other that sentence-transformers can save.
 
     Queries get the instruction that the model card gives, documents none (llm-embedder's tasks and
     a checkpoint's own document prompt excepted). Texts are embedded
@@ -53,7 +53,16 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
     """
 
     query_instruction: str | None = Field(default=None, frozen=True)
-    """Put in front of queries; None for the one that the model card gives, `""` for none."""
+    """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
+    decoder it is the task alone, which goes into the frame that the model was trained with."""
+
+    task_description: str | None = Field(default=None, frozen=True)
+    """A decoder's word for `query_instruction`: what its queries are and what is to be found for
+    them, in a sentence."""
+
+    examples: tuple[QueryExample, ...] | None = Field(default=None, frozen=True)
+    """Queries and their answers that bge-en-icl sees in front of each query: `QueryExample`, or
+    dicts of `query`, `response` and, where it is another, `instruct`."""
 
     task: str | None = Field(default=None, frozen=True)
     """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
@@ -134,7 +143,10 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
     @classmethod
     def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         folded = fold(super()._first_class(arguments), of="model_kwargs", keys=MODEL_KEYS)
-        return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
+        folded = fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
+        if folded.get("examples") is None:
+            return folded
+        return {**folded, "examples": QueryExample.all_of(folded["examples"])}
 
     def _make_core(self) -> Embedder:
         if self.embed_instruction:
@@ -147,6 +159,8 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
         return Embedder(
             self.model,
             query_instruction=self.query_instruction,
+            task_description=self.task_description,
+            examples=self.examples,
             task=self.task,
             pooling=self.pooling,
             normalize=self.normalize_embeddings,

@@ -24,7 +24,7 @@ class RerankResult(TypedDict):
 
 
 class BGEReranker(LocalModelFields, BaseDocumentCompressor):
-    """A BGE cross-encoder, or bge-m3, that orders documents by how well they answer a query.
+    """A BGE reranker, or bge-m3, that orders documents by how well they answer a query.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector
     scores, by the weights that a `BGEEmbeddings` on the same model has loaded.
@@ -58,7 +58,7 @@ class BGEReranker(LocalModelFields, BaseDocumentCompressor):
 
     m3_weights: M3Weights | None = Field(default=None, frozen=True)
     """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
-    or a dict of these names; None for just these, and for a cross-encoder."""
+    or a dict of these names; None for just these, and for a reranker."""
 
     _core: Scorer = PrivateAttr()
 

@@ -93,7 +93,10 @@ class LocalModelComponent(BaseComponent):
     dtype: Annotated[str, BeforeValidator(_name)] = Field(
         default="auto",
         frozen=True,
-        description="'auto' (float16 on cuda, else float32), 'float32', 'float16' or 'bfloat16'.",
+        description=(
+            "'auto' (on cuda float16, of decoders bfloat16; else float32), 'float32', 'float16' "
+            "or 'bfloat16'."
+        ),
     )
     use_fp16: bool | None = Field(
         default=None,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from llama_index.core.base.embeddings.base import Embedding
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
 
-from bge_core import BGEError, Embedder
+from bge_core import BGEError, Embedder, QueryExample
 from llamaindex_bge._component import LocalModelComponent, ModelName
 from llamaindex_bge._queries import BatchedQueries
 
 __all__ = ["BGEEmbedding"]
 
 
+def _examples(value: Any) -> Any:
+    return None if value is None else QueryExample.all_of(value)
+
+
 class BGEEmbedding(LocalModelComponent, BatchedQueries):
-    """BGE embeddings, or those of any encoder that sentence-transformers can save.
+    """BGE embeddings, or those of any other model that sentence-transformers can save.
 
     Queries get the checkpoint's instruction, documents none (llm-embedder's tasks and a
     checkpoint's own document prompt excepted). Arguments are keywords, each is
@@ -47,6 +51,22 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
         default=None,
         frozen=True,
         description="Put in front of queries; None for the model card's own, '' for none.",
+    )
+    task_description: str | None = Field(
+        default=None,
+        frozen=True,
+        description=(
+            "A decoder's word for query_instruction: in a sentence, what its queries are and what "
+            "is to be found for them, without the frame that the model was trained with."
+        ),
+    )
+    examples: Annotated[tuple[QueryExample, ...] | None, BeforeValidator(_examples)] = Field(
+        default=None,
+        frozen=True,
+        description=(
+            "Queries and their answers that bge-en-icl sees in front of each query: QueryExample, "
+            "or dicts of query, response and, where it is another, instruct."
+        ),
     )
     task: str | None = Field(
         default=None,
@@ -87,7 +107,14 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
 
     def to_payload(self) -> dict[str, Any]:
         """Describe the model for events, without credentials."""
-        shown = ("query_instruction", "normalize", "max_length", "device", "dtype")
+        shown = (
+            "query_instruction",
+            "task_description",
+            "normalize",
+            "max_length",
+            "device",
+            "dtype",
+        )
         return {**super().to_payload(), **{name: getattr(self, name) for name in shown}}
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
@@ -121,6 +148,8 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
             self._embedder = Embedder(
                 self.model_name,
                 query_instruction=self.query_instruction,
+                task_description=self.task_description,
+                examples=self.examples,
                 task=self.task,
                 pooling=self.pooling,
                 normalize=self.normalize,

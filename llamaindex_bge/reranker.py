@@ -30,7 +30,7 @@ def _weights(value: object) -> object:
 
 
 class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
-    """A BGE cross-encoder, or bge-m3, that puts retrieved nodes in a better order.
+    """A BGE reranker, or bge-m3, that puts retrieved nodes in a better order.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector
     scores, by the weights that a `BGEEmbedding` on the same model has loaded.

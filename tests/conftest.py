@@ -60,6 +60,14 @@ CORPUS = (
 )
 """What the tokenizers are trained on."""
 
+DECODER_CORPUS = (
+    *CORPUS,
+    "Given a web search query, retrieve relevant passages that answer the query.",
+    "Given a query A and a passage B, determine whether the passage contains an answer to",
+    "the query by providing a prediction of either 'Yes' or 'No'.",
+    "Yes No Yes No <instruct> <query> <response> Instruct: Query: A: B:",
+)
+
 
 class ReferenceEmbed(Protocol):
     """Vectors by transformers alone, one text at a time."""
@@ -132,6 +140,103 @@ def _xlmr_tokenizer() -> Any:
     pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
     vocab = [(piece, score) for piece, score in pieces] + [("<mask>", 0.0)]
     return XLMRobertaTokenizer(vocab=vocab, model_max_length=512)
+
+
+def _bpe(specials: Sequence[str], normalizer: Any, pre_tokenizer: Any, alphabet: Any = ()) -> Any:
+    """Train a BPE; gives its vocabulary and its merges."""
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=list(specials),
+        initial_alphabet=list(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(DECODER_CORPUS, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+@functools.cache
+def _gemma_tokenizer(*, eos: bool) -> Any:
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers import GemmaTokenizer
+
+    vocab, merges = _bpe(
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *BYTES),
+        normalizers.Replace(" ", "▁"),
+        pre_tokenizers.Split(" ", "merged_with_previous"),
+    )
+    return GemmaTokenizer(
+        vocab=vocab, merges=merges, add_bos_token=True, add_eos_token=eos, model_max_length=8192
+    )
+
+
+@functools.cache
+def _mistral_tokenizer() -> Any:
+    from tokenizers import normalizers
+    from transformers import LlamaTokenizer
+
+    vocab, merges = _bpe(
+        ("<unk>", "<s>", "</s>", *BYTES),
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+    )
+    tokenizer = LlamaTokenizer(
+        vocab=vocab,
+        merges=merges,
+        legacy=True,
+        add_bos_token=True,
+        add_eos_token=True,
+        pad_token="<unk>",
+        model_max_length=32768,
+    )
+    # bge-en-icl's own.
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<instruct>", "<query>", "<response>"]})
+    return tokenizer
+
+
+@functools.cache
+def _qwen_tokenizer(*, eos: bool) -> Any:
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    vocab, merges = _bpe(
+        ("<|endoftext|>",),
+        normalizers.NFC(),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
+    return Qwen2Tokenizer(
+        vocab=vocab, merges=merges, add_bos_token=False, add_eos_token=eos, model_max_length=32768
+    )
+
+
+def _decoder_config(name: str, tokenizer: Any, positions: int, **extra: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{name}Config")(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 64,
+            "max_position_embeddings": positions,
+            "initializer_range": 0.3,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **extra,
+        }
+    )
 
 
 def _bert_config(**extra: Any) -> Any:
@@ -209,6 +314,8 @@ def _write_modules(
             "pooling_mode_mean_tokens": pooling == "mean",
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
+            # Since sentence-transformers 2.4.
+            **({"pooling_mode_lasttoken": True} if pooling == "last" else {}),
         },
     )
     versions: dict[str, Any] = {
@@ -371,6 +478,57 @@ def bert_reranker_folder(models_dir: Path) -> Path:
         _bert_tokenizer(),
         seed=11,
     )
+
+
+@pytest.fixture(scope="session")
+def gemma2_folder(models_dir: Path) -> Path:
+    """Gemma 2 with last-token pooling and Normalize, named bge-multilingual-gemma2."""
+    tokenizer = _gemma_tokenizer(eos=True)
+    config = _decoder_config("Gemma2", tokenizer, 8192, sliding_window=32)
+    folder = models_dir / "bge-multilingual-gemma2"
+    _write_model(folder, "Gemma2Model", config, tokenizer, seed=13)
+    prompts = {"web_search_query": "<instruct>Given a web search query, ...\n<query>"}
+    return _write_modules(
+        folder, pooling="last", normalize=True, max_seq_length=4096, prompts=prompts
+    )
+
+
+@pytest.fixture(scope="session")
+def icl_folder(models_dir: Path) -> Path:
+    """Mistral with last-token pooling and no Normalize, named bge-en-icl."""
+    tokenizer = _mistral_tokenizer()
+    config = _decoder_config("Mistral", tokenizer, 32768, sliding_window=None)
+    folder = models_dir / "bge-en-icl"
+    _write_model(folder, "MistralModel", config, tokenizer, seed=14)
+    return _write_modules(folder, pooling="last", normalize=False, max_seq_length=32768)
+
+
+@pytest.fixture(scope="session")
+def code_folder(models_dir: Path) -> Path:
+    """Qwen 2 with last-token pooling, Normalize and no last token of its own, named bge-code-v1."""
+    tokenizer = _qwen_tokenizer(eos=False)
+    config = _decoder_config("Qwen2", tokenizer, 32768)
+    folder = models_dir / "bge-code-v1"
+    _write_model(folder, "Qwen2Model", config, tokenizer, seed=15)
+    return _write_modules(folder, pooling="last", normalize=True, max_seq_length=32768)
+
+
+@pytest.fixture(scope="session")
+def reasoner_folder(models_dir: Path) -> Path:
+    """Qwen 3 with nothing of sentence-transformers, named bge-reasoner-embed-qwen3-8b-0923."""
+    tokenizer = _qwen_tokenizer(eos=True)
+    config = _decoder_config("Qwen3", tokenizer, 32768)
+    folder = models_dir / "bge-reasoner-embed-qwen3-8b-0923"
+    return _write_model(folder, "Qwen3Model", config, tokenizer, seed=16)
+
+
+@pytest.fixture(scope="session")
+def gemma_reranker_folder(models_dir: Path) -> Path:
+    """Gemma with its language model's head, named bge-reranker-v2-gemma."""
+    tokenizer = _gemma_tokenizer(eos=False)
+    config = _decoder_config("Gemma", tokenizer, 8192, num_key_value_heads=1)
+    folder = models_dir / "bge-reranker-v2-gemma"
+    return _write_model(folder, "GemmaForCausalLM", config, tokenizer, seed=17)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/migration.md")
 MODULES = (
     "bge_core.embedder",
+    "bge_core.instructions",
     "bge_core.m3",
     "bge_core.reranker",
     "bge_core.scorer",
@@ -47,9 +48,11 @@ def hub(
     en_folder: Path,
     m3_folder: Path,
     reranker_folder: Path,
+    icl_folder: Path,
+    gemma_reranker_folder: Path,
 ) -> None:
     """Put checkpoints into a hub cache, as a download would."""
-    for folder in (en_folder, m3_folder, reranker_folder):
+    for folder in (en_folder, m3_folder, reranker_folder, icl_folder, gemma_reranker_folder):
         repo = tmp_path / "hub" / f"models--BAAI--{folder.name}"
         shutil.copytree(folder, repo / "snapshots" / "0123456789abcdef")
         (repo / "refs").mkdir()

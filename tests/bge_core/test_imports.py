@@ -29,6 +29,7 @@ def test_public_names_are_these():
         "M3Reranker",
         "M3Weights",
         "MissingExtraError",
+        "QueryExample",
         "Reranker",
         "Scorer",
         "TruncationError",

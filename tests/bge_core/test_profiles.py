@@ -33,7 +33,7 @@ EMBEDDERS = {
     "bge-multilingual-gemma2": (WEB, 3584, 8192, "last"),
     "bge-en-icl": (WEB, 4096, 32768, "last"),
     "bge-code-v1": (SQL, 1536, 32768, "last"),
-    "bge-reasoner-embed-qwen3-8b-0923": ("", 4096, 32768, "last"),
+    "bge-reasoner-embed-qwen3-8b-0923": (None, 4096, 32768, "last"),
 }
 RERANKERS = {
     "bge-reranker-base": ("xlm-roberta", 512),
@@ -99,16 +99,47 @@ def test_no_other_model_has_tasks(name):
 @pytest.mark.parametrize(
     ("name", "joined"),
     [
-        ("bge-small-en-v1.5", f"{EN}q"),
-        ("bge-multilingual-gemma2", f"<instruct>{WEB}\n<query>q"),
-        ("bge-en-icl", f"<instruct>{WEB}\n<query>q\n<response>"),
-        ("bge-code-v1", f"<instruct>{SQL}\n<query>q"),
-        ("bge-reasoner-embed-qwen3-8b-0923", "Instruct: \nQuery: q"),
+        ("bge-small-en-v1.5", "iq"),
+        ("bge-multilingual-gemma2", "<instruct>i\n<query>q"),
+        ("bge-en-icl", "<instruct>i\n<query>q\n<response>"),
+        ("bge-code-v1", "<instruct>i\n<query>q"),
+        ("bge-reasoner-embed-qwen3-8b-0923", "Instruct: i\nQuery: q"),
     ],
 )
 def test_instruction_and_query_are_joined_as_the_card_says(name, joined):
     row = PROFILES[f"BAAI/{name}"]
-    assert row.query_format.format(instruction=row.query_instruction, query="q") == joined
+    assert row.query_format.format(instruction="i", query="q") + row.query_suffix == joined
+    assert row.frames_tasks == (joined != "iq")
+
+
+def test_bge_en_icl_alone_takes_examples():
+    (row,) = (row for row in PROFILES.values() if row.example_format)
+    assert row.id == "BAAI/bge-en-icl"
+    written = row.example_format.format(instruct="i", query="q", response="r")
+    assert written == "<instruct>i\n<query>q\n<response>r"
+
+
+def test_one_reranker_is_asked_a_question():
+    (row,) = (row for row in PROFILES.values() if row.pair_prompt)
+    asked = row.pair_prompt
+    assert row.id == "BAAI/bge-reranker-v2-gemma"
+    assert (asked.query, asked.passage, asked.separator, asked.answer) == (
+        "A: ",
+        "B: ",
+        "\n",
+        "Yes",
+    )
+    assert asked.question == (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the "
+        "query by providing a prediction of either 'Yes' or 'No'."
+    )
+
+
+def test_decoders_compute_in_bfloat16_on_cuda():
+    decoders = {
+        row.id for row in PROFILES.values() if row.pooling == "last" or row.pair_prompt is not None
+    }
+    assert {row.id for row in PROFILES.values() if row.half == "bfloat16"} == decoders
 
 
 def test_gemma_s_terms_are_noted():

@@ -337,6 +337,7 @@ def test_payload_tells_what_was_asked_for(en_folder: Path):
         "model_name": str(en_folder),
         "embed_batch_size": 2048,
         "query_instruction": None,
+        "task_description": None,
         "normalize": True,
         "max_length": None,
         "device": "cpu",
