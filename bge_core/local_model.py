@@ -155,6 +155,12 @@ class LocalModel(ABC, Generic[Item]):
         """The number format that computes on this machine: float32, float16 or bfloat16."""
         return self._placed()[1]
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that were asked for; empty for the best one of whichever machine loads it."""
+        asked = self._placement.devices
+        return ("cpu",) if self._backend == "openvino" and not asked else asked
+
     def close(self) -> None:
         """Let go of the model; the weights are freed when nobody else holds them.
 
@@ -199,7 +205,7 @@ class LocalModel(ABC, Generic[Item]):
 
     def _placed(self) -> tuple[Sequence[str], str]:
         if self._backend == "openvino":
-            return self._placement.devices or ("cpu",), "float32"
+            return self.devices, "float32"
         profile = find_profile(self.model)
         if profile is None:
             # What another hub id says of itself is looked at when it loads.

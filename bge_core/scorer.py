@@ -94,6 +94,11 @@ class M3Reranker:
         parts = (self._embedder.fingerprint, sorted(self._weights.named().items()))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that were asked for; see `LocalModel.devices`."""
+        return self._embedder.devices
+
     def score(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
         """Score passages against one query, which is encoded once.
 

@@ -1,4 +1,4 @@
-"""The examples: the demo on a small folder, its reranker, its measure, and hybrid search."""
+"""The examples: the demo on a small folder, its reranker, its measure, hybrid search, shards."""
 
 from __future__ import annotations
 
@@ -97,3 +97,28 @@ def test_hybrid_search_in_both_frameworks_on_an_untrained_stand_in(monkeypatch, 
         found, reranked = own.partition(question)[2].split("reranked")
         assert "E1042" in found
         assert "E1042" in reranked.splitlines()[0]
+
+
+def test_embedded_shards_are_loaded_and_searched(tmp_path, stand_in_folder):
+    import embed_on_ray
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from qdrant_client import QdrantClient
+
+    from bge_core import Embedder
+    from bge_core.ray import Embed
+
+    embedder = Embedder(stand_in_folder, query_instruction="")
+    for shard, texts in enumerate((["Cats purr.", "Water boils."], ["Paris is in France."])):
+        table = Embed(embedder=embedder)(pa.table({"text": texts, "shard": [shard] * len(texts)}))
+        pq.write_table(table, tmp_path / f"{shard}.parquet")
+    client = QdrantClient(":memory:")
+    for _ in range(2):  # the second time in the place of the first
+        assert embed_on_ray.load(client, str(tmp_path), embedder.dimension) == 3
+    (score, passage), *others = embed_on_ray.ask(client, embedder, "Where is Paris?")
+    assert passage == {"text": "Paris is in France.", "shard": 1}
+    assert len(others) == 2
+    dot = (
+        embedder.embed_queries(["Where is Paris?"]) @ embedder.embed_documents([passage["text"]]).T
+    )
+    assert score == pytest.approx(float(dot[0, 0]), abs=1e-5)
