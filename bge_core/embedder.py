@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError
 from bge_core.instructions import Frame, QueryExample, make_frame
-from bge_core.local_model import LocalModel, not_finite
+from bge_core.local_model import LocalModel
 from bge_core.passes import Ask, find_passes
 from bge_core.placement import Placement
 from bge_core.profiles import Profile, find_profile
@@ -24,16 +25,212 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from bge_core.engine import Lane
+    from bge_core.errors import ComputationError
     from bge_core.tokens import Tokenizer, Tokens
 
-__all__ = ["Embedder"]
+__all__ = ["DenseEmbedder", "Embedder"]
 
 logger = logging.getLogger(__name__)
 
 _POOLINGS = ("cls", "mean", "last")
 
 
-class Embedder(LocalModel[str]):
+class DenseEmbedder(ABC):
+    """What is the same wherever the vectors are computed: instructions, verbs, unit length.
+
+    Args:
+        query_instruction: Put in front of queries; None for the model card's, `""` for none.
+        task_description: A decoder's word for the same.
+        examples: Queries and their answers that bge-en-icl sees in front of each query.
+        task: llm-embedder's task; None for every other model.
+        normalize: Scale vectors to unit length.
+
+    Raises:
+        ArgumentError: An instruction that is not valid Unicode.
+        InputTypeError: An instruction that is no str.
+    """
+
+    def __init__(
+        self,
+        *,
+        query_instruction: str | None,
+        task_description: str | None,
+        examples: Iterable[QueryExample | Mapping[str, str]] | None,
+        task: str | None,
+        normalize: bool,
+    ) -> None:
+        if query_instruction is not None:
+            query_instruction = check_text(query_instruction, "query_instruction")
+        if task_description is not None:
+            task_description = check_text(task_description, "task_description")
+        self._instruction = query_instruction
+        self._task = task
+        self._normalize = normalize
+        self._task_description = task_description
+        self._examples = QueryExample.all_of(examples)
+        self._resolved: Frame | None = None
+
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """The hub id or folder."""
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int:
+        """Length of a vector."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """The number format that computes."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the vectors."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model."""
+
+    @abstractmethod
+    def _profile(self) -> Profile | None:
+        """Give the model's row in the table of published checkpoints."""
+
+    @abstractmethod
+    def _prompts(self) -> Mapping[str, str]:
+        """Give the prompts that the checkpoint carries."""
+
+    @abstractmethod
+    def _compute(
+        self, items: Sequence[str], *, lane: Lane, show_progress: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Give a row a text, or None for no texts."""
+
+    @abstractmethod
+    async def _acompute(
+        self, items: Sequence[str], *, lane: Lane, show_progress: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Give a row a text without blocking the event loop."""
+
+    def _query_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
+        return self._compute(queries, lane="query")
+
+    async def _aquery_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
+        return await self._acompute(queries, lane="query")
+
+    @abstractmethod
+    def _not_finite(self, which: str) -> ComputationError:
+        """Say that NaN or infinity came out."""
+
+    @property
+    def query_instruction(self) -> str:
+        """What is put in front of a query, of a decoder its task; `""` for nothing."""
+        if self._frame.instruction is None:
+            _warn_of_no_instruction(self.model, self._profile())
+        return self._frame.instruction or ""
+
+    def embed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Embed queries, with the model's query instruction in front.
+
+        Args:
+            texts: Queries; an empty one is embedded as the model itself would.
+
+        Returns:
+            [n, dimension] float32, in order.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            InputTypeError: `texts` is no list of str.
+            TruncationError: A text is too long and `on_truncation="error"`.
+        """
+        return self._vectors(self._query_rows(self._queries(texts)))
+
+    async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Embed queries without blocking the event loop; see `embed_queries`."""
+        if self._resolved is None:
+            # A hub id may be downloaded to learn its instruction.
+            queries = await asyncio.to_thread(self._queries, texts)
+        else:
+            queries = self._queries(texts)
+        rows = await self._aquery_rows(queries)
+        return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
+
+    def embed_documents(
+        self, texts: Iterable[str], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed documents, as they are.
+
+        Args:
+            texts: Documents; an empty one is embedded as the model itself would.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n, dimension] float32, in order. Equal texts are computed once.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            InputTypeError: `texts` is no list of str.
+            TruncationError: A text is too long and `on_truncation="error"`.
+        """
+        documents = self._documents(texts)
+        return self._vectors(self._compute(documents, lane="bulk", show_progress=show_progress))
+
+    async def aembed_documents(
+        self, texts: Iterable[str], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed documents without blocking the event loop; see `embed_documents`."""
+        documents = await asyncio.to_thread(self._documents, texts)
+        rows = await self._acompute(documents, lane="bulk", show_progress=show_progress)
+        return await asyncio.to_thread(self._vectors, rows)
+
+    def _queries(self, texts: Iterable[str]) -> list[str]:
+        checked = check_texts(texts, "texts")
+        if self._frame.instruction is None:
+            _warn_of_no_instruction(self.model, self._profile())
+        before = self._frame.before
+        return [f"{before}{text}" for text in checked] if before else checked
+
+    def _documents(self, texts: Iterable[str]) -> list[str]:
+        checked = check_texts(texts, "texts")
+        before = self._frame.document
+        return [f"{before}{text}" for text in checked] if before else checked
+
+    @property
+    def _frame(self) -> Frame:
+        if self._resolved is None:
+            profile = self._profile()
+            self._resolved = make_frame(
+                self.model,
+                profile,
+                {} if profile else self._prompts(),
+                query_instruction=self._instruction,
+                task_description=self._task_description,
+                task=self._task,
+                examples=self._examples,
+            )
+        return self._resolved
+
+    def _vectors(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        if rows is None:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            which = f"texts[{int(finite.argmin())}]"
+            raise self._not_finite(which)
+        if self._normalize:
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
+        return rows
+
+
+class Embedder(LocalModel[str], DenseEmbedder):
     """A BGE embedding model, or any other that sentence-transformers can save.
 
     Arguments are checked at once; weights load at first use, are shared by every embedder on the
@@ -108,20 +305,19 @@ class Embedder(LocalModel[str]):
         trust_remote_code: bool = False,
         token: str | None = None,
     ) -> None:
-        if query_instruction is not None:
-            query_instruction = check_text(query_instruction, "query_instruction")
-        if task_description is not None:
-            task_description = check_text(task_description, "task_description")
         if pooling is not None and pooling not in _POOLINGS:
             msg = f"pooling={pooling!r} is not served: use 'cls', 'mean' or 'last', or None."
             raise ArgumentError(msg)
-        self._instruction = query_instruction
-        self._task = task
-        self._normalize = normalize
-        self._task_description = task_description
-        self._examples = QueryExample.all_of(examples)
-        self._resolved: Frame | None = None
-        super().__init__(
+        DenseEmbedder.__init__(
+            self,
+            query_instruction=query_instruction,
+            task_description=task_description,
+            examples=examples,
+            task=task,
+            normalize=normalize,
+        )
+        LocalModel.__init__(
+            self,
             kind="embedder",
             source=Source.of(
                 model,
@@ -141,13 +337,6 @@ class Embedder(LocalModel[str]):
         known = self._source.is_local or find_profile(self.model) is not None
         if known or task is not None or task_description is not None or self._examples:
             _ = self._frame  # making it is the check
-
-    @property
-    def query_instruction(self) -> str:
-        """What is put in front of a query, of a decoder its task; `""` for nothing."""
-        if self._frame.instruction is None:
-            _warn_of_no_instruction(self.model, self._profile())
-        return self._frame.instruction or ""
 
     @property
     def dimension(self) -> int:
@@ -179,77 +368,6 @@ class Embedder(LocalModel[str]):
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def embed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
-        """Embed queries, with the model's query instruction in front.
-
-        Args:
-            texts: Queries; an empty one is embedded as the model itself would.
-
-        Returns:
-            [n, dimension] float32, in order.
-
-        Raises:
-            ArgumentError: A text is not valid Unicode.
-            ClosedError: The model was closed.
-            ComputationError: The model gave NaN or infinity.
-            InputTypeError: `texts` is no list of str.
-            TruncationError: A text is too long and `on_truncation="error"`.
-        """
-        queries = self._queries(texts)
-        return self._vectors(self._compute(queries, lane="query", encode=self._encode_queries))
-
-    async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
-        """Embed queries without blocking the event loop; see `embed_queries`."""
-        if self._resolved is None:
-            # A hub id may be downloaded to learn its instruction.
-            queries = await asyncio.to_thread(self._queries, texts)
-        else:
-            queries = self._queries(texts)
-        rows = await self._acompute(queries, lane="query", encode=self._encode_queries)
-        return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
-
-    def embed_documents(
-        self, texts: Iterable[str], *, show_progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Embed documents, as they are.
-
-        Args:
-            texts: Documents; an empty one is embedded as the model itself would.
-            show_progress: Show a progress bar.
-
-        Returns:
-            [n, dimension] float32, in order. Equal texts are computed once.
-
-        Raises:
-            ArgumentError: A text is not valid Unicode.
-            ClosedError: The model was closed.
-            ComputationError: The model gave NaN or infinity.
-            InputTypeError: `texts` is no list of str.
-            TruncationError: A text is too long and `on_truncation="error"`.
-        """
-        documents = self._documents(texts)
-        return self._vectors(self._compute(documents, lane="bulk", show_progress=show_progress))
-
-    async def aembed_documents(
-        self, texts: Iterable[str], *, show_progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Embed documents without blocking the event loop; see `embed_documents`."""
-        documents = await asyncio.to_thread(self._documents, texts)
-        rows = await self._acompute(documents, lane="bulk", show_progress=show_progress)
-        return await asyncio.to_thread(self._vectors, rows)
-
-    def _queries(self, texts: Iterable[str]) -> list[str]:
-        checked = check_texts(texts, "texts")
-        if self._frame.instruction is None:
-            _warn_of_no_instruction(self.model, self._profile())
-        before = self._frame.before
-        return [f"{before}{text}" for text in checked] if before else checked
-
-    def _documents(self, texts: Iterable[str]) -> list[str]:
-        checked = check_texts(texts, "texts")
-        before = self._frame.document
-        return [f"{before}{text}" for text in checked] if before else checked
-
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[str]
     ) -> tuple[list[Tokens], list[bool]]:
@@ -278,31 +396,14 @@ class Embedder(LocalModel[str]):
         # A published hub id is known without looking at its files.
         return find_profile(self.model) or self.checkpoint.profile
 
-    @property
-    def _frame(self) -> Frame:
-        if self._resolved is None:
-            profile = self._profile()
-            self._resolved = make_frame(
-                self.model,
-                profile,
-                {} if profile else self.checkpoint.prompts,
-                query_instruction=self._instruction,
-                task_description=self._task_description,
-                task=self._task,
-                examples=self._examples,
-            )
-        return self._resolved
+    def _prompts(self) -> Mapping[str, str]:
+        return self.checkpoint.prompts
 
-    def _vectors(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        if rows is None:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            raise not_finite(self.model, f"texts[{int(finite.argmin())}]")
-        if self._normalize:
-            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
-        return rows
+    def _query_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
+        return self._compute(queries, lane="query", encode=self._encode_queries)
+
+    async def _aquery_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
+        return await self._acompute(queries, lane="query", encode=self._encode_queries)
 
 
 def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:

@@ -484,6 +484,9 @@ class LocalModel(ABC, Generic[Item]):
                 raise
             raise self._closed_meanwhile() from exc
 
+    def _not_finite(self, which: str) -> ComputationError:
+        return not_finite(self.model, which)
+
     def _closed_meanwhile(self) -> ClosedError:
         msg = f"The model {self.model!r} was closed before this work was done."
         return ClosedError(msg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import numpy as np
 
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError, InputTypeError
-from bge_core.local_model import LocalModel, not_finite
+from bge_core.local_model import LocalModel
 from bge_core.placement import Placement
 from bge_core.tokens import check_pairs, check_text, check_texts
 
@@ -21,96 +22,49 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from bge_core.engine import Lane
+    from bge_core.errors import ComputationError
     from bge_core.tokens import Tokenizer, Tokens
 
-__all__ = ["Reranker"]
+__all__ = ["PairScorer", "Reranker", "check_limits", "rank_scores"]
 
 Pair = tuple[str, str]
 
 
-class Reranker(LocalModel[Pair]):
-    """A BGE reranker: a cross-encoder with one label, or bge-reranker-v2-gemma.
-
-    A pair is built as FlagEmbedding builds it: the query is cut to three quarters of
-    `max_length`, then the passage to what is left. bge-reranker-v2-gemma is a language model: a
-    question follows the pair, and the score is the logit of "Yes" as the next word. Arguments are
-    checked at once; weights load at first use and are shared as those of `Embedder` are.
+class PairScorer(ABC):
+    """What is the same wherever the logits are computed: verbs, scale, limits and order.
 
     Args:
-        model: A hub id (`"BAAI/bge-reranker-base"`) or a folder.
-        normalize: Give the sigmoid of the logit, from 0 to 1, each score for itself. False gives
-            the raw logit of the model card, unbounded. The order is the same.
-        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
-        dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
-            `"float16"` or `"bfloat16"`. Scores are float32 always.
-        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
-        max_length: Tokens that are read of a pair, special ones included; None for the
-            checkpoint's own limit. bge-reranker-v2-gemma reads as many more as its question has,
-            as in FlagEmbedding, and asks the question whatever was cut.
-        batch_tokens: Tokens computed in one pass; None for the device's default.
-        on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
-        backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
-            `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
-        cache_folder: The hub's cache; None for the usual one.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Never go to the network.
-        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
-        token: A hub token for private models.
-
-    Raises:
-        ArgumentError: A value that can't be served.
-        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
-        InputTypeError: A value of the wrong type.
-
-    Example:
-        >>> reranker = Reranker("BAAI/bge-reranker-base")
-        >>> ranked = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
-        >>> len(ranked), isinstance(ranked[0][1], float)
-        (1, True)
+        normalize: Give the sigmoid of the logit, from 0 to 1; False gives the logit.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str],
-        *,
-        normalize: bool = True,
-        device: str | Sequence[str] | None = None,
-        dtype: str | torch.dtype = "auto",
-        use_fp16: bool | None = None,
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        on_truncation: str = "warn",
-        backend: str = "torch",
-        cache_folder: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        token: str | None = None,
-    ) -> None:
+    def __init__(self, *, normalize: bool) -> None:
         self._normalize = normalize
-        super().__init__(
-            kind="reranker",
-            source=Source.of(
-                model,
-                revision=revision,
-                cache_folder=cache_folder,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
-                token=token,
-            ),
-            placement=Placement.of(device=device, dtype=dtype, use_fp16=use_fp16),
-            pooling=None,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            on_truncation=on_truncation,
-            backend=backend,
-        )
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
-        parts = (self._content(), self._normalize, self.max_length, self.dtype)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model."""
+
+    @abstractmethod
+    def _compute(
+        self, items: Sequence[Pair], *, lane: Lane, show_progress: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Give a row of one logit a pair, or None for no pairs."""
+
+    @abstractmethod
+    async def _acompute(
+        self, items: Sequence[Pair], *, lane: Lane, show_progress: bool = False
+    ) -> NDArray[np.float32] | None:
+        """Give a row of one logit a pair without blocking the event loop."""
+
+    @abstractmethod
+    def _not_finite(self, which: str) -> ComputationError:
+        """Say that NaN or infinity came out."""
 
     def score(
         self, query: str, passages: Iterable[str], *, show_progress: bool = False
@@ -233,28 +187,14 @@ class Reranker(LocalModel[Pair]):
         rows = await self._acompute(pairs, lane="query", show_progress=show_progress)
         return self._checked(rows)
 
-    def _encode(
-        self, tokenizer: Tokenizer, items: Sequence[Pair]
-    ) -> tuple[list[Tokens], list[bool]]:
-        queries, passages = zip(*items, strict=True)
-        found = self.checkpoint
-        if found.pair_prompt is not None:
-            return tokenizer.encode_prompted(
-                queries,
-                passages,
-                found.pair_prompt,
-                max_length=self.max_length,
-                most=found.max_length,
-            )
-        return tokenizer.encode_pairs(queries, passages, max_length=self.max_length)
-
     def _checked(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
         if rows is None:
             return np.empty(0, dtype=np.float32)
         logits: NDArray[np.float32] = rows[:, 0]
         finite = np.isfinite(logits)
         if not finite.all():
-            raise not_finite(self.model, f"passage {int(finite.argmin())}")
+            which = f"passage {int(finite.argmin())}"
+            raise self._not_finite(which)
         return logits
 
     def _shown(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -271,6 +211,107 @@ class Reranker(LocalModel[Pair]):
         return rank_scores(
             logits, self._shown(logits), top_n=top_n, score_threshold=score_threshold
         )
+
+
+class Reranker(LocalModel[Pair], PairScorer):
+    """A BGE reranker: a cross-encoder with one label, or bge-reranker-v2-gemma.
+
+    A pair is built as FlagEmbedding builds it: the query is cut to three quarters of
+    `max_length`, then the passage to what is left. bge-reranker-v2-gemma is a language model: a
+    question follows the pair, and the score is the logit of "Yes" as the next word. Arguments are
+    checked at once; weights load at first use and are shared as those of `Embedder` are.
+
+    Args:
+        model: A hub id (`"BAAI/bge-reranker-base"`) or a folder.
+        normalize: Give the sigmoid of the logit, from 0 to 1, each score for itself. False gives
+            the raw logit of the model card, unbounded. The order is the same.
+        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
+        dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
+            `"float16"` or `"bfloat16"`. Scores are float32 always.
+        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
+        max_length: Tokens that are read of a pair, special ones included; None for the
+            checkpoint's own limit. bge-reranker-v2-gemma reads as many more as its question has,
+            as in FlagEmbedding, and asks the question whatever was cut.
+        batch_tokens: Tokens computed in one pass; None for the device's default.
+        on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
+            `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
+        cache_folder: The hub's cache; None for the usual one.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never go to the network.
+        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
+        token: A hub token for private models.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> reranker = Reranker("BAAI/bge-reranker-base")
+        >>> ranked = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
+        >>> len(ranked), isinstance(ranked[0][1], float)
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        normalize: bool = True,
+        device: str | Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        use_fp16: bool | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        on_truncation: str = "warn",
+        backend: str = "torch",
+        cache_folder: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        token: str | None = None,
+    ) -> None:
+        PairScorer.__init__(self, normalize=normalize)
+        LocalModel.__init__(
+            self,
+            kind="reranker",
+            source=Source.of(
+                model,
+                revision=revision,
+                cache_folder=cache_folder,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+                token=token,
+            ),
+            placement=Placement.of(device=device, dtype=dtype, use_fp16=use_fp16),
+            pooling=None,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            on_truncation=on_truncation,
+            backend=backend,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the scores."""
+        parts = (self._content(), self._normalize, self.max_length, self.dtype)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _encode(
+        self, tokenizer: Tokenizer, items: Sequence[Pair]
+    ) -> tuple[list[Tokens], list[bool]]:
+        queries, passages = zip(*items, strict=True)
+        found = self.checkpoint
+        if found.pair_prompt is not None:
+            return tokenizer.encode_prompted(
+                queries,
+                passages,
+                found.pair_prompt,
+                max_length=self.max_length,
+                most=found.max_length,
+            )
+        return tokenizer.encode_pairs(queries, passages, max_length=self.max_length)
 
 
 def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
