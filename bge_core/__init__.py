@@ -7,12 +7,14 @@ from bge_core.errors import (
     CheckpointError,
     ClosedError,
     ComputationError,
+    EndpointError,
     InputTypeError,
     MissingExtraError,
     TruncationError,
 )
 from bge_core.instructions import QueryExample
 from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
+from bge_core.remote import RemoteEmbedder, RemoteReranker, make_embedder, make_reranker
 from bge_core.reranker import Reranker
 from bge_core.scorer import M3Reranker, Scorer, make_scorer
 
@@ -23,6 +25,7 @@ __all__ = [
     "ClosedError",
     "ComputationError",
     "Embedder",
+    "EndpointError",
     "InputTypeError",
     "M3Embedder",
     "M3Outputs",
@@ -30,8 +33,12 @@ __all__ = [
     "M3Weights",
     "MissingExtraError",
     "QueryExample",
+    "RemoteEmbedder",
+    "RemoteReranker",
     "Reranker",
     "Scorer",
     "TruncationError",
+    "make_embedder",
+    "make_reranker",
     "make_scorer",
 ]

@@ -7,7 +7,8 @@ BGEError
  |- CheckpointError    (ValueError)    a checkpoint is missing, damaged or of another kind
  |- MissingExtraError  (ImportError)   a package that an extra installs is not there
  |- ClosedError        (RuntimeError)  the model was closed
- `- ComputationError   (RuntimeError)  the model's own arithmetic failed
+ |- ComputationError   (RuntimeError)  the model's own arithmetic failed
+ `- EndpointError      (ConnectionError)  a server can't be reached, fails, or answers nonsense
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "ComputationError",
+    "EndpointError",
     "InputTypeError",
     "MissingExtraError",
     "TruncationError",
@@ -29,6 +31,10 @@ __all__ = [
     "known_arguments",
     "refused_arguments",
 ]
+
+
+# A wrong value of these is not shown: it may be a secret, or hold one.
+_SECRET = ("api_key", "endpoint", "token")
 
 
 class BGEError(Exception):
@@ -61,6 +67,10 @@ class ClosedError(BGEError, RuntimeError):
 
 class ComputationError(BGEError, RuntimeError):
     """The model computed something that can't be used, such as NaN."""
+
+
+class EndpointError(BGEError, ConnectionError):
+    """A server can't be reached, fails, or gives an answer that can't be used."""
 
 
 def known_arguments(
@@ -105,7 +115,7 @@ def refused_arguments(owner: str, report: Iterable[Mapping[str, Any]]) -> Argume
         if item["type"] == "missing":
             said.append(f"{name} is missing")
             continue
-        hidden = name == "token" or item["type"] == "no_such_attribute"
+        hidden = name in _SECRET or item["type"] == "no_such_attribute"
         shown = "" if hidden else f", got {item['input']!r:.60}"
         said.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}{shown}")
     return ArgumentError(f"{owner} can't take these arguments: {'; '.join(dict.fromkeys(said))}.")

@@ -11,7 +11,8 @@ from bge_core.checkpoint import HEADS, Source, locate, read
 from bge_core.errors import ArgumentError
 from bge_core.m3 import M3Embedder, M3Weights
 from bge_core.profiles import Profile, find_profile
-from bge_core.reranker import Reranker, check_limits, rank_scores
+from bge_core.remote import make_reranker, not_local
+from bge_core.reranker import check_limits, rank_scores
 from bge_core.tokens import check_text, check_texts
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ __all__ = ["M3Reranker", "Scorer", "make_scorer"]
 
 
 class Scorer(Protocol):
-    """What scores passages against a query: `Reranker` and `M3Reranker` do."""
+    """What scores passages against a query, on this machine or by a server."""
 
     @property
     def fingerprint(self) -> str:
@@ -174,6 +175,9 @@ class M3Reranker:
 def make_scorer(
     model: str | os.PathLike[str],
     *,
+    endpoint: str | None = None,
+    api_key: str | None = None,
+    timeout: float | None = None,
     m3_weights: M3Weights | Mapping[str, float] | None = None,
     normalize: bool = True,
     device: str | Sequence[str] | None = None,
@@ -193,6 +197,9 @@ def make_scorer(
 
     Args:
         model: A reranker, `"BAAI/bge-m3"`, or a folder of either.
+        endpoint: A server's address; None for this machine. bge-m3 scores on this machine only.
+        api_key: The server's token, as `RemoteReranker` takes it.
+        timeout: Seconds to wait for one answer of the server.
         m3_weights: How much each score of bge-m3 counts; None for 1, 0.3 and 1, and for a
             reranker.
         normalize: As `Reranker` takes it; bge-m3's scores are what they are.
@@ -210,7 +217,8 @@ def make_scorer(
         token: A hub token for private models.
 
     Returns:
-        An `M3Reranker` for bge-m3 and what was trained from it, a `Reranker` for the rest.
+        An `M3Reranker` for bge-m3 and what was trained from it; for the rest a `Reranker`, or a
+        `RemoteReranker` where there is an endpoint.
 
     Raises:
         ArgumentError: A value that can't be served, or weights for a reranker.
@@ -238,8 +246,16 @@ def make_scorer(
         "token": token,
     }
     if _is_m3(Source.of(model, revision=revision, cache_folder=cache_folder)):
+        if endpoint is not None:
+            msg = (
+                f"{os.fspath(model)!r} reranks by three scores that no server's /rerank gives: "
+                "leave endpoint=... out, or use a cross-encoder such as 'BAAI/bge-reranker-v2-m3'."
+            )
+            raise ArgumentError(msg)
+        not_local(None, api_key=api_key, timeout=timeout, local=shared)
         return M3Reranker(M3Embedder(model, **shared), weights=m3_weights)
-    reranker = Reranker(model, normalize=normalize, **shared)
+    served: dict[str, Any] = {"endpoint": endpoint, "api_key": api_key, "timeout": timeout}
+    reranker = make_reranker(model, normalize=normalize, **served, **shared)
     if m3_weights is not None:
         msg = (
             f"m3_weights is for the three scores of bge-m3, and {os.fspath(model)!r} gives one: "

@@ -19,7 +19,8 @@ from pydantic import (
     ValidationError,
 )
 
-from bge_core import ArgumentError, Embedder, M3Embedder, Scorer
+from bge_core import ArgumentError, M3Embedder, Scorer
+from bge_core.embedder import DenseEmbedder
 from bge_core.errors import fixed_argument, known_arguments, refused_arguments
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ else:
     DType = Annotated[str, BeforeValidator(_name)]
     Device = Annotated[str | list[str], BeforeValidator(_name)]
 
-__all__ = ["LocalModelFields"]
+__all__ = ["LocalModelFields", "ServedModelFields"]
 
 
 class LocalModelFields(BaseModel):
@@ -104,7 +105,7 @@ class LocalModelFields(BaseModel):
     token: SecretStr | None = Field(default=None, frozen=True)
     """A hub token for private models."""
 
-    _core: Embedder | M3Embedder | Scorer = PrivateAttr()
+    _core: DenseEmbedder | M3Embedder | Scorer = PrivateAttr()
     _moved: ClassVar[Mapping[str, str]] = {}
 
     if not TYPE_CHECKING:  # type checkers know the arguments from the fields
@@ -196,7 +197,7 @@ class LocalModelFields(BaseModel):
         return arguments
 
     @abstractmethod
-    def _make_core(self) -> Embedder | M3Embedder | Scorer:
+    def _make_core(self) -> DenseEmbedder | M3Embedder | Scorer:
         """Make the model that the fields describe."""
 
     def _shared(self) -> dict[str, Any]:
@@ -204,3 +205,22 @@ class LocalModelFields(BaseModel):
         names = LocalModelFields.model_fields.keys() - {"model", "token"}
         token = None if self.token is None else self.token.get_secret_value()
         return {name: getattr(self, name) for name in names} | {"token": token}
+
+
+class ServedModelFields(LocalModelFields):
+    """A checkpoint on this machine, or on a server that runs already."""
+
+    endpoint: str | None = Field(default=None, frozen=True)
+    """The address of a text-embeddings-inference or Infinity server that runs `model`; None for
+    this machine. What says how a model is loaded and run is the server's then, and refused."""
+
+    api_key: SecretStr | None = Field(default=None, frozen=True)
+    """The server's token."""
+
+    timeout: float | None = Field(default=None, frozen=True)
+    """Seconds to wait for one answer of the server; None for 60."""
+
+    def _shared(self) -> dict[str, Any]:
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        served = {"endpoint": self.endpoint, "api_key": key, "timeout": self.timeout}
+        return super()._shared() | served

@@ -7,14 +7,15 @@ from typing import Any
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
 
-from bge_core import Reranker
-from langchain_bge._fields import LocalModelFields
+from bge_core import make_reranker
+from bge_core.reranker import PairScorer
+from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import MODEL_KEYS, fold
 
 __all__ = ["BGECrossEncoder"]
 
 
-class BGECrossEncoder(LocalModelFields, BaseCrossEncoder):
+class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
     """A BGE reranker that scores pairs of texts, for `CrossEncoderReranker` and the like.
 
     `BGEReranker` does more with less: it puts scores into the documents' metadata and knows a
@@ -40,7 +41,7 @@ class BGECrossEncoder(LocalModelFields, BaseCrossEncoder):
     """`device`, `max_length` and the like, as `HuggingFaceCrossEncoder` takes them; they become
     the arguments of the same meaning."""
 
-    _core: Reranker = PrivateAttr()
+    _core: PairScorer = PrivateAttr()
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Score (query, passage) pairs, each for itself.
@@ -62,5 +63,5 @@ class BGECrossEncoder(LocalModelFields, BaseCrossEncoder):
         keys = {**MODEL_KEYS, "max_length": "max_length"}
         return fold(super()._first_class(arguments), of="model_kwargs", keys=keys)
 
-    def _make_core(self) -> Reranker:
-        return Reranker(self.model, normalize=self.normalize, **self._shared())
+    def _make_core(self) -> PairScorer:
+        return make_reranker(self.model, normalize=self.normalize, **self._shared())

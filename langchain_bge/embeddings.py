@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, Embedder, QueryExample
+from bge_core import ArgumentError, QueryExample, make_embedder
+from bge_core.embedder import DenseEmbedder
 from bge_core.tokens import check_text
-from langchain_bge._fields import LocalModelFields
+from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _MOVED = {
 }
 
 
-class BGEEmbeddings(LocalModelFields, Embeddings):
+class BGEEmbeddings(ServedModelFields, Embeddings):
     """A BGE embedding model, or any other that sentence-transformers can save.
 
     Queries get the instruction that the model card gives, documents none (llm-embedder's tasks and
@@ -91,7 +92,7 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
     """`normalize_embeddings`, `show_progress_bar`; `batch_size` is accepted and has no effect,
     since batches are sized in tokens (`batch_tokens`)."""
 
-    _core: Embedder = PrivateAttr()
+    _core: DenseEmbedder = PrivateAttr()
     _moved: ClassVar[Mapping[str, str]] = _MOVED
 
     @property
@@ -148,7 +149,7 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
             return folded
         return {**folded, "examples": QueryExample.all_of(folded["examples"])}
 
-    def _make_core(self) -> Embedder:
+    def _make_core(self) -> DenseEmbedder:
         if self.embed_instruction:
             msg = (
                 f"embed_instruction={self.embed_instruction!r} is not served: BGE models are "
@@ -156,7 +157,7 @@ class BGEEmbeddings(LocalModelFields, Embeddings):
                 "one. Leave it out; query_instruction='...' is the queries'."
             )
             raise ArgumentError(msg)
-        return Embedder(
+        return make_embedder(
             self.model,
             query_instruction=self.query_instruction,
             task_description=self.task_description,

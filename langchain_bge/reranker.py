@@ -11,7 +11,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field, PrivateAttr
 
 from bge_core import InputTypeError, M3Weights, Scorer, make_scorer
-from langchain_bge._fields import LocalModelFields
+from langchain_bge._fields import ServedModelFields
 
 __all__ = ["BGEReranker", "RerankResult"]
 
@@ -23,7 +23,7 @@ class RerankResult(TypedDict):
     relevance_score: float
 
 
-class BGEReranker(LocalModelFields, BaseDocumentCompressor):
+class BGEReranker(ServedModelFields, BaseDocumentCompressor):
     """A BGE reranker, or bge-m3, that orders documents by how well they answer a query.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector

@@ -14,14 +14,16 @@ from llama_index.core.bridge.pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
 )
 from llama_index.core.schema import BaseComponent
 
-from bge_core import Embedder, M3Embedder, Scorer
+from bge_core import M3Embedder, Scorer
+from bge_core.embedder import DenseEmbedder
 from bge_core.errors import fixed_argument, known_arguments, refused_arguments
 
-__all__ = ["LocalModelComponent", "ModelName"]
+__all__ = ["LocalModelComponent", "ModelName", "ServedModelComponent"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +184,7 @@ class LocalModelComponent(BaseComponent):
 
     @property
     @abstractmethod
-    def _core(self) -> Embedder | M3Embedder | Scorer:
+    def _core(self) -> DenseEmbedder | M3Embedder | Scorer:
         """The model that the fields describe, made once."""
 
     def _shared_arguments(self) -> dict[str, Any]:
@@ -242,3 +244,33 @@ class LocalModelComponent(BaseComponent):
         the pool starts another one for ever.
         """
         super().__init__(**state)
+
+
+class ServedModelComponent(LocalModelComponent):
+    """Base of components whose model may run on a server instead."""
+
+    endpoint: str | None = Field(
+        default=None,
+        frozen=True,
+        description=(
+            "The address of a text-embeddings-inference or Infinity server that runs the model; "
+            "None for this machine. What says how a model is loaded and run is refused with it."
+        ),
+    )
+    api_key: SecretStr | None = Field(
+        default=None,
+        frozen=True,
+        exclude=True,
+        repr=False,
+        description="The server's token; never shown, and never part of to_dict().",
+    )
+    timeout: float | None = Field(
+        default=None,
+        frozen=True,
+        description="Seconds to wait for one answer of the server; None for 60.",
+    )
+
+    def _shared_arguments(self) -> dict[str, Any]:
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        served = {"endpoint": self.endpoint, "api_key": key, "timeout": self.timeout}
+        return super()._shared_arguments() | served

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Self
 from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
 
-from bge_core import BGEError, Embedder, QueryExample
-from llamaindex_bge._component import LocalModelComponent, ModelName
+from bge_core import BGEError, QueryExample, make_embedder
+from bge_core.embedder import DenseEmbedder
+from llamaindex_bge._component import ModelName, ServedModelComponent
 from llamaindex_bge._queries import BatchedQueries
 
 __all__ = ["BGEEmbedding"]
@@ -19,7 +20,7 @@ def _examples(value: Any) -> Any:
     return None if value is None else QueryExample.all_of(value)
 
 
-class BGEEmbedding(LocalModelComponent, BatchedQueries):
+class BGEEmbedding(ServedModelComponent, BatchedQueries):
     """BGE embeddings, or those of any other model that sentence-transformers can save.
 
     Queries get the checkpoint's instruction, documents none (llm-embedder's tasks and a
@@ -93,7 +94,7 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
         default=None, exclude=True, description="A key-value store for vectors, or None."
     )
 
-    _embedder: Embedder | None = PrivateAttr(default=None)
+    _embedder: DenseEmbedder | None = PrivateAttr(default=None)
 
     @classmethod
     def class_name(cls) -> str:
@@ -143,9 +144,9 @@ class BGEEmbedding(LocalModelComponent, BatchedQueries):
         return dict(zip(_STATED, (fingerprint, dtype), strict=True))
 
     @property
-    def _core(self) -> Embedder:
+    def _core(self) -> DenseEmbedder:
         if self._embedder is None:
-            self._embedder = Embedder(
+            self._embedder = make_embedder(
                 self.model_name,
                 query_instruction=self.query_instruction,
                 task_description=self.task_description,
@@ -187,9 +188,11 @@ _MACHINE = frozenset(
         "device",
         "dtype",
         "embed_batch_size",
+        "endpoint",
         "local_files_only",
         "num_workers",
         "on_truncation",
+        "timeout",
         "use_fp16",
     }
 )

@@ -15,7 +15,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from bge_core import ArgumentError, InputTypeError, M3Weights, Scorer, make_scorer
-from llamaindex_bge._component import LocalModelComponent, ModelName
+from llamaindex_bge._component import ModelName, ServedModelComponent
 
 __all__ = ["BGEReranker"]
 
@@ -29,7 +29,7 @@ def _weights(value: object) -> object:
     return M3Weights.of(value) if isinstance(value, Mapping) else value
 
 
-class BGEReranker(LocalModelComponent, BaseNodePostprocessor):
+class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
     """A BGE reranker, or bge-m3, that puts retrieved nodes in a better order.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector

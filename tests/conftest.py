@@ -22,6 +22,8 @@ import pytest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tests.servers import Server
+
 # Before anything imports huggingface_hub, which reads its environment once. The home of its own
 # keeps the tests and what is in the user's cache apart.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -355,6 +357,23 @@ def passes() -> Iterator[list[int]]:
     hook = register_module_forward_pre_hook(count)
     yield counted
     hook.remove()
+
+
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[Server]:
+    from tests.servers import Server, running
+
+    with running(Server()) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server on loopback that does as it is told; `allow_hosts` lets a module reach it."""
+    running_server.reset()
+    monkeypatch.setattr("bge_core.endpoint._WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return running_server
 
 
 @pytest.fixture

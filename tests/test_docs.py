@@ -20,6 +20,7 @@ MODULES = (
     "bge_core.instructions",
     "bge_core.m3",
     "bge_core.ray",
+    "bge_core.remote",
     "bge_core.reranker",
     "bge_core.scorer",
     "langchain_bge.cross_encoder",

@@ -23,6 +23,7 @@ def test_public_names_are_these():
         "ClosedError",
         "ComputationError",
         "Embedder",
+        "EndpointError",
         "InputTypeError",
         "M3Embedder",
         "M3Outputs",
@@ -30,9 +31,13 @@ def test_public_names_are_these():
         "M3Weights",
         "MissingExtraError",
         "QueryExample",
+        "RemoteEmbedder",
+        "RemoteReranker",
         "Reranker",
         "Scorer",
         "TruncationError",
+        "make_embedder",
+        "make_reranker",
         "make_scorer",
     ]
 
@@ -51,6 +56,7 @@ def test_every_public_name_is_there_and_documented(name):
         (bge_core.MissingExtraError, ImportError),
         (bge_core.ClosedError, RuntimeError),
         (bge_core.ComputationError, RuntimeError),
+        (bge_core.EndpointError, ConnectionError),
         (bge_core.TruncationError, ValueError),
     ],
 )
@@ -61,8 +67,12 @@ def test_every_error_is_a_bge_error_and_the_built_in_a_caller_expects(error, bui
 
 HEAVY = (
     "import sys; heavy = {'torch', 'transformers', 'sentence_transformers', 'tokenizers', "
-    "'huggingface_hub', 'langchain_core', 'llama_index'}; print(sorted(heavy & set(sys.modules)))"
+    "'huggingface_hub', 'httpx', 'langchain_core', 'llama_index'}; "
+    "print(sorted(heavy & set(sys.modules)))"
 )
+
+
+SERVED = "'BAAI/bge-m3', endpoint='http://localhost'"
 
 
 def test_importing_loads_neither_torch_nor_transformers():
@@ -74,11 +84,22 @@ def test_making_an_embedder_and_a_reranker_loads_neither_torch_nor_transformers(
 ):
     made = f"Embedder({str(en_folder)!r}); Reranker({str(reranker_folder)!r})"
     made += f"; M3Embedder({str(m3_folder)!r}, share_passes=True); make_scorer({str(m3_folder)!r})"
+    made += f"; make_embedder({SERVED})"
     assert run_python(f"from bge_core import *; {made}; {HEAVY}") == "[]"
 
 
 @pytest.mark.parametrize(
-    "cls", [bge_core.Embedder, bge_core.M3Embedder, bge_core.Reranker, bge_core.make_scorer]
+    "cls",
+    [
+        bge_core.Embedder,
+        bge_core.M3Embedder,
+        bge_core.RemoteEmbedder,
+        bge_core.RemoteReranker,
+        bge_core.Reranker,
+        bge_core.make_embedder,
+        bge_core.make_reranker,
+        bge_core.make_scorer,
+    ],
 )
 def test_everything_but_the_model_is_keyword_only_and_named(cls):
     first, *rest = inspect.signature(cls).parameters.values()
@@ -87,7 +108,17 @@ def test_everything_but_the_model_is_keyword_only_and_named(cls):
 
 
 @pytest.mark.parametrize(
-    "cls", [bge_core.Embedder, bge_core.M3Embedder, bge_core.Reranker, bge_core.make_scorer]
+    "cls",
+    [
+        bge_core.Embedder,
+        bge_core.M3Embedder,
+        bge_core.RemoteEmbedder,
+        bge_core.RemoteReranker,
+        bge_core.Reranker,
+        bge_core.make_embedder,
+        bge_core.make_reranker,
+        bge_core.make_scorer,
+    ],
 )
 def test_an_unknown_argument_is_refused(cls, en_folder):
     with pytest.raises(TypeError, match="batch_size"):

@@ -155,7 +155,7 @@ def test_arguments_are_keywords(en_folder: Path):
     ("arguments", "said"),
     [
         ({"query_instruct": "x"}, "did you mean 'query_instruction'?"),
-        ({"zzz": 1}, "it takes backend, batch_tokens, cache_folder"),
+        ({"zzz": 1}, "it takes api_key, backend, batch_tokens"),
         ({"text_instruction": "x"}, "documents are embedded as they are"),
         ({"model_kwargs": {"dtype": 1}}, "dtype=..."),
         ({"model": "x"}, "write model_name='...'"),
