@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-server lint format bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Ask the Python documentation, in LangChain and LlamaIndex (ARGS="--question '...'")
 	$(BIN)/python examples/ask_python_docs.py $(ARGS)
 
 test: $(VENV)/.dev  ## Run all tests (ARGS="-k words")
 	$(BIN)/python -m pytest $(ARGS)
+
+test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real Infinity server
+	$(BIN)/python -m pytest tests/test_infinity.py $(ARGS)
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check $(CODE)
@@ -29,10 +32,16 @@ bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", 
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-infinity .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# The server wants an older transformers than ours.
+.venv-infinity/.made: Makefile
+	test -x .venv-infinity/bin/python || $(PYTHON) -m venv .venv-infinity
+	.venv-infinity/bin/python -m pip install --quiet --disable-pip-version-check 'infinity-emb[torch,server]==0.0.78' torch==2.13.0
 	@touch $@
