@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,7 @@ from tqdm import tqdm
 
 OURS = "bge-adapters"
 HERE = Path(__file__).parent
+INFINITY = HERE.parent / ".venv-infinity" / "bin" / "infinity_emb"
 PACKAGES = (
     "torch",
     "transformers",
@@ -243,7 +246,41 @@ def concurrent_queries(folder: Path, *, count: int, repeats: int) -> Outcome:
         "LangChain HuggingFaceEmbeddings": gather(them.langchain.aembed_query),
         "LlamaIndex HuggingFaceEmbedding": gather(them.llama.aget_query_embedding),
     }
-    return interleave(f"(c) {count} queries at once, {folder.name}", contenders, repeats=repeats)
+    with ExitStack() as stack:
+        if INFINITY.exists():  # `make test-server` makes it
+            from langchain_bge import BGEEmbeddings
+
+            address = stack.enter_context(infinity(folder))
+            served = BGEEmbeddings(model=folder, query_instruction="", endpoint=address)
+            contenders["Infinity, asked by endpoint="] = gather(served.aembed_query)
+        label = f"(c) {count} queries at once, {folder.name}"
+        return interleave(label, contenders, repeats=repeats)
+
+
+@contextmanager
+def infinity(folder: Path) -> Iterator[str]:
+    """Run an Infinity server on one checkpoint, on loopback, and give its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [INFINITY, "v2", "--model-id", folder, "--host", "127.0.0.1", "--port", port]
+    command += ["--device", "cpu", "--engine", "torch"]
+    command += ["--no-bettertransformer", "--no-model-warmup"]
+    quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    process = subprocess.Popen(
+        command, env={**os.environ, **quiet}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 5):
+                break
+            if process.poll() is not None:
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def one_query(folder: Path, *, repeats: int, backend: str = "torch") -> Outcome:
