@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-server lint format bench clean
+.PHONY: help demo evaluate test test-server lint format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Ask the Python documentation, in LangChain and LlamaIndex (ARGS="--question '...'")
 	$(BIN)/python examples/ask_python_docs.py $(ARGS)
+
+evaluate: $(VENV)/.demo $(if $(findstring --tasks,$(ARGS)),$(VENV)/.mteb)  ## How well a model finds (ARGS="--data FOLDER --model ... --reranker ...")
+	$(BIN)/python examples/evaluate_retrieval.py $(ARGS)
 
 test: $(VENV)/.dev  ## Run all tests (ARGS="-k words")
 	$(BIN)/python -m pytest $(ARGS)
@@ -34,7 +37,7 @@ bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .venv-infinity .mypy_cache .pytest_cache .ruff_cache
 
-$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb: $(VENV)/.%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'

@@ -27,8 +27,19 @@ class Scorer(Protocol):
     """What scores passages against a query, on this machine or by a server."""
 
     @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
+        ...
+
+    def score_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score (query, passage) pairs, each for itself; see `Reranker.score_pairs`."""
         ...
 
     def rank(
@@ -90,6 +101,11 @@ class M3Reranker:
         embedder.require(*sorted(self._weights.outputs))
 
     @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        return self._embedder.model
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
         parts = (self._embedder.fingerprint, sorted(self._weights.named().items()))
@@ -118,6 +134,31 @@ class M3Reranker:
     async def ascore(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
         return await self._embedder.ascore(_pairs(query, passages), weights=self._weights)
+
+    def score_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score (query, passage) pairs, each distinct text encoded once.
+
+        Args:
+            pairs: Pairs of str.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n] float32, in order, as `M3Embedder.score` says.
+
+        Raises:
+            BGEError: As `M3Embedder.score` says.
+        """
+        return self._embedder.score(pairs, weights=self._weights, show_progress=show_progress)
+
+    async def ascore_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score pairs without blocking the event loop; see `score_pairs`."""
+        return await self._embedder.ascore(
+            pairs, weights=self._weights, show_progress=show_progress
+        )
 
     def rank(
         self,

@@ -19,15 +19,19 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import corpora
 import stand_in
 from hosts import HOSTS, Hit, Host
 from qdrant_client import QdrantClient
-from rerank_quality import FIRST, Quality, measure, read_questions, table
+from quality import FIRST, Row, measure, read_questions, table
 from rich.console import Console
 from rich.table import Table
+
+from bge_core import Embedder
 
 SHOWN = 5
 QUESTIONS = (
@@ -63,7 +67,8 @@ def main() -> None:
             console.print(_table(host.name, question, host.rerank(question, hits)))
     if not options.docs and not options.question:
         key = f"{corpus.key()}-{hosts[0].name}-{hosts[0].fingerprint}"
-        console.print(table([(corpus.title, _measured(hosts[0], key))]))
+        instructed = Embedder(embedder, query_instruction=instruction).query_instruction
+        console.print(table(_measured(hosts[0], key, corpus.title, instructed)))
     console.print(f"Done in {time.perf_counter() - started:.0f} seconds.")
     client.close()
 
@@ -118,16 +123,15 @@ def _table(host: str, question: str, hits: Sequence[Hit]) -> Table:
     return table
 
 
-def _measured(host: Host, key: str) -> Quality:
+def _measured(host: Host, key: str, title: str, instruction: str) -> list[Row]:
     """Measure on the questions about Python, or recall what an earlier run measured."""
-    file = stand_in.cache_folder() / "measured.json"
-    known: dict[str, list[float]] = json.loads(file.read_text()) if file.exists() else {}
-    questions = read_questions()
+    file = stand_in.cache_folder() / "quality.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if key not in known:
-        quality = measure(questions, host, label="measuring what reranking is worth")
-        known[key] = [quality.before, quality.after]
+        rows = measure(read_questions(), host, data=title, instruction=instruction)
+        known[key] = [asdict(row) for row in rows]
         file.write_text(json.dumps(known))
-    return Quality(*known[key], questions=len(questions.texts))
+    return [Row(**row) for row in known[key]]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # keeps the tests and what is in the user's cache apart.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bge-tests-")
+os.environ["MTEB_CACHE"] = f"{os.environ['HF_HOME']}/mteb"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 # Models of two narrow layers gain nothing from a second thread, and on a busy machine they wait.
@@ -97,6 +98,8 @@ class ReferenceScore(Protocol):
 
 
 Call = Callable[..., Awaitable[Any]]
+Queries = dict[str, tuple[str, dict[str, int]]]
+Run = dict[str, dict[str, float]]
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -390,6 +393,107 @@ def copy_of(tmp_path: Path) -> Callable[..., Path]:
 def corpus() -> tuple[str, ...]:
     """Short texts in several languages that the tokenizers know."""
     return CORPUS
+
+
+@pytest.fixture(scope="session")
+def documents(corpus: tuple[str, ...]) -> list[dict[str, str]]:
+    """A corpus of 14 for retrieval, every other one with a title."""
+    return [
+        {"id": f"d{number}", "title": "Notes" if number % 2 else "", "text": text}
+        for number, text in enumerate(corpus[5:19])
+    ]
+
+
+@pytest.fixture(scope="session")
+def read(documents: list[dict[str, str]]) -> dict[str, str]:
+    """Document id to what a model gets of it."""
+    return {row["id"]: f"{row['title']} {row['text']}".strip() for row in documents}
+
+
+@pytest.fixture(scope="session")
+def queries() -> Queries:
+    """Query id to its text and the grades of what answers it."""
+    return {
+        "q0": ("where is the capital of France?", {"d0": 2, "d1": 1}),
+        "q1": ("what does a panda eat?", {"d2": 1}),
+        "q2": ("how hot does water boil?", {"d4": 1, "d9": 2}),
+        "q3": ("法国的首都在哪里？", {"d7": 1}),
+        "q4": ("where does the cat sleep?", {"d11": 1, "d12": 3}),
+    }
+
+
+@pytest.fixture(scope="session")
+def task_metadata() -> Callable[[str, str, str], Any]:
+    """Describe a local task to mteb: `task_metadata(name, type, main score)`."""
+
+    def describe(name: str, kind: str, score: str) -> Any:
+        from mteb.abstasks.task_metadata import TaskMetadata
+
+        return TaskMetadata(
+            name=name,
+            dataset={"path": "none/none", "revision": "1"},
+            description="Texts of the tests.",
+            reference=None,
+            type=kind,
+            category="t2t",
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score=score,
+            date=None,
+            domains=None,
+            task_subtypes=None,
+            license=None,
+            annotations_creators=None,
+            dialect=None,
+            sample_creation=None,
+            bibtex_citation=None,
+        )
+
+    return describe
+
+
+@pytest.fixture
+def retrieval_task(
+    documents: list[dict[str, str]],
+    queries: Queries,
+    task_metadata: Callable[[str, str, str], Any],
+) -> Callable[[str], Any]:
+    """Make a local retrieval task of mteb: `retrieval_task(name)`."""
+
+    def make(name: str) -> Any:
+        from datasets import Dataset
+        from mteb.abstasks import AbsTaskRetrieval
+
+        class Local(AbsTaskRetrieval):
+            metadata = task_metadata(name, "Retrieval", "ndcg_at_10")
+
+            def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+                asked = [{"id": key, "text": text} for key, (text, _) in queries.items()]
+                split = {
+                    "corpus": Dataset.from_list(documents),
+                    "queries": Dataset.from_list(asked),
+                    "relevant_docs": {key: grades for key, (_, grades) in queries.items()},
+                    "top_ranked": None,
+                }
+                self.dataset = {"default": {"test": split}}
+                self.data_loaded = True
+
+        return Local()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def searched(
+    reference_embed: ReferenceEmbed, queries: Queries, read: dict[str, str]
+) -> Callable[[Path, Sequence[str], Sequence[str]], Run]:
+    """Query id to document id to cosine, by transformers alone."""
+
+    def search(folder: Path, asked: Sequence[str], given: Sequence[str]) -> Run:
+        rows = (reference_embed(folder, asked) @ reference_embed(folder, given).T).tolist()
+        return {q: dict(zip(read, row, strict=True)) for q, row in zip(queries, rows, strict=True)}
+
+    return search
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import ir_measures
 import pytest
+from ir_measures import RR, R, nDCG
 
-from bge_core import Reranker
+from bge_core import Embedder, Reranker
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+INSTRUCTION = "Represent this sentence for searching relevant passages: "
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +61,38 @@ def test_the_demo_s_reranker_is_an_ordinary_checkpoint():
 
 
 def test_the_questions_name_topics_of_this_python():
-    from rerank_quality import read_questions
+    from quality import read_questions
 
     questions = read_questions()
     assert len(questions.texts) >= 60
-    assert all(names and names <= topics.keys() for names in questions.relevant.values())
+    assert all(names and names.keys() <= topics.keys() for names in questions.relevant.values())
 
 
-def test_quality_is_ndcg_of_documents_by_their_best_passage():
+def test_the_demo_measures_a_configuration_once():
+    import ask_python_docs
     from hosts import Hit
-    from rerank_quality import Questions, measure
+
+    class Counting:
+        searches = 0
+
+        def search(self, question, first):
+            self.searches += 1
+            return [Hit(place, 0.0, name, name) for place, name in enumerate(topics, start=1)]
+
+        def rerank(self, question, hits):
+            return hits[::-1]
+
+    host = Counting()
+    rows = ask_python_docs._measured(host, "one", "the reference", "")
+    assert [(row.questions, row.reranked) for row in rows] == [(host.searches, 0), (124, 20)]
+    assert rows[0].figures != rows[1].figures
+    assert ask_python_docs._measured(host, "one", "the reference", "") == rows
+    assert host.searches == 124
+
+
+def test_a_document_ranks_where_its_best_passage_does():
+    from hosts import Hit
+    from quality import Questions, measure
 
     class Fixed:
         def search(self, question, first):
@@ -76,11 +102,129 @@ def test_quality_is_ndcg_of_documents_by_their_best_passage():
         def rerank(self, question, hits):
             return hits[::-1]
 
-    quality = measure(Questions({"1": "?"}, {"1": frozenset({"b"})}), Fixed())
-    # b is second of a, b, c before and of c, b, a after: 1 / log2(3).
-    assert (quality.before, quality.after) == pytest.approx((63.09, 63.09), abs=0.01)
-    quality = measure(Questions({"1": "?"}, {"1": frozenset({"c"})}), Fixed())
-    assert (quality.before, quality.after) == pytest.approx((50.0, 100.0))
+    def measured(relevant):
+        rows = measure(Questions({"1": "?"}, {"1": relevant}), Fixed(), data="three documents")
+        assert [row.reranked for row in rows] == [0, 20]
+        return [list(row.figures.values()) for row in rows]
+
+    # b is second of a, b, c before and of c, b, a after: 1 / log2(3), and 1 / 2.
+    second = pytest.approx([63.09, 50.0, 100.0], abs=0.01)
+    assert measured({"b": 1}) == [second, second]
+    # c is last, then first.
+    third, first = pytest.approx([50.0, 33.33, 100.0], abs=0.01), pytest.approx([100.0] * 3)
+    assert measured({"c": 1}) == [third, first]
+    # Grades count in nDCG, and what is not found counts in recall.
+    graded = [100 * (1 + 2 / math.log2(3)) / (2 + 1 / math.log2(3)), 100.0, 100.0]
+    assert measured({"a": 1, "b": 2})[0] == pytest.approx(graded)
+    assert measured({"a": 1, "elsewhere": 1})[0][2] == pytest.approx(50.0)
+
+
+@pytest.fixture
+def beir(tmp_path, documents, queries):
+    """A folder in BEIR format with the tests' retrieval set."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    corpus = [{"_id": row["id"], **row} for row in documents]
+    asked = [{"_id": key, "text": text} for key, (text, _) in queries.items()]
+    asked.append({"_id": "q9", "text": "nobody judged this"})
+    for name, rows in (("corpus", corpus), ("queries", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    judged = [
+        f"{key}\t{name}\t{grade}"
+        for key, (_, has) in queries.items()
+        for name, grade in has.items()
+    ]
+    lines = ["query-id\tcorpus-id\tscore", *judged, "q0\td5\t0"]
+    (folder / "qrels.tsv").write_text("\n".join(lines))
+    return folder
+
+
+def test_beir_folders_in_both_layouts(beir, queries, read):
+    from quality import read_beir
+
+    questions, passages = read_beir(beir)
+    assert questions.texts == {key: text for key, (text, _) in queries.items()}
+    assert questions.relevant == {key: grades for key, (_, grades) in queries.items()}
+    assert passages == list(read.items())
+    (beir / "qrels").mkdir()
+    (beir / "qrels.tsv").rename(beir / "qrels" / "test.tsv")
+    assert read_beir(beir) == (questions, passages)
+
+
+def test_a_beir_folder_that_lacks_something_is_refused(beir):
+    from quality import read_beir
+
+    (beir / "queries.jsonl").write_text('{"_id": "q1", "text": "alone"}\n')
+    with pytest.raises(SystemExit, match=r"judges 4 questions that queries\.jsonl lacks"):
+        read_beir(beir)
+    (beir / "qrels.tsv").write_text("q1 0 d2 1\nq1 0 d2 1\n")
+    with pytest.raises(SystemExit, match="expected query-id, corpus-id and score"):
+        read_beir(beir)
+    (beir / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td2\t0\n")
+    with pytest.raises(SystemExit, match="no score above 0"):
+        read_beir(beir)
+    (beir / "qrels.tsv").unlink()
+    with pytest.raises(SystemExit, match=r"has no qrels\.tsv"):
+        read_beir(beir)
+
+
+def test_evaluate_gives_what_transformers_and_ir_measures_give(
+    beir, en_folder, reranker_folder, queries, read, searched, reference_score, retrieval_task,
+    monkeypatch, capsys,
+):  # fmt: skip
+    written = beir / "figures.json"
+    arguments = ["--data", beir, "--model", en_folder, "--reranker", reranker_folder]
+    arguments += ["--first", 6, "--json", written]
+    example = str(EXAMPLES / "evaluate_retrieval.py")
+    monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+    runpy.run_path(example, run_name="__main__")
+
+    expected = []
+    for reranked in (0, 6):
+        for instruction in ("", INSTRUCTION):
+            asked = [instruction + text for text, _ in queries.values()]
+            run = searched(en_folder, asked, list(read.values()))
+            for key, found in run.items() if reranked else ():
+                best = sorted(found, key=found.get, reverse=True)[:6]
+                pairs = [(queries[key][0], read[name]) for name in best]
+                scores = reference_score(reranker_folder, pairs) + 1000  # before all the others
+                found.update(zip(best, scores.tolist(), strict=True))
+            figures = ir_measures.calc_aggregate(
+                [nDCG @ 10, RR @ 10, R @ 100], {key: has for key, (_, has) in queries.items()}, run
+            )
+            percent = [100 * figures[metric] for metric in (nDCG @ 10, RR @ 10, R @ 100)]
+            expected.append((instruction, reranked, pytest.approx(percent)))
+    rows = json.loads(written.read_text())["rows"]
+    assert [
+        (row["instruction"], row["reranked"], list(row["figures"].values())) for row in rows
+    ] == expected
+    shown = capsys.readouterr().out
+    assert "notes" in shown
+    assert str(beir) not in shown + written.read_text()
+
+    # The same by mteb, which drops what isn't reranked.
+    import evaluate_retrieval
+
+    with (
+        Embedder(en_folder, query_instruction="") as plain,
+        Embedder(en_folder) as instructed,
+        Reranker(reranker_folder, normalize=False) as reranker,
+    ):
+        by_mteb = evaluate_retrieval.on_task(
+            retrieval_task("Local"),
+            embedders={"": plain, INSTRUCTION: instructed},
+            reranker=reranker,
+            first=6,
+        )
+    for row, same in zip(rows, by_mteb, strict=True):
+        assert (same.questions, same.instruction, same.reranked) == (
+            *(5, row["instruction"]),
+            row["reranked"],
+        )
+        if same.reranked:
+            assert "recall@100" not in same.figures
+        else:
+            assert same.figures == pytest.approx(row["figures"], abs=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")

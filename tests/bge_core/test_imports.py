@@ -67,7 +67,7 @@ def test_every_error_is_a_bge_error_and_the_built_in_a_caller_expects(error, bui
 
 HEAVY = (
     "import sys; heavy = {'torch', 'transformers', 'sentence_transformers', 'tokenizers', "
-    "'huggingface_hub', 'httpx', 'langchain_core', 'llama_index'}; "
+    "'huggingface_hub', 'httpx', 'langchain_core', 'llama_index', 'mteb'}; "
     "print(sorted(heavy & set(sys.modules)))"
 )
 
@@ -86,6 +86,16 @@ def test_making_an_embedder_and_a_reranker_loads_neither_torch_nor_transformers(
     made += f"; M3Embedder({str(m3_folder)!r}, share_passes=True); make_scorer({str(m3_folder)!r})"
     made += f"; make_embedder({SERVED})"
     assert run_python(f"from bge_core import *; {made}; {HEAVY}") == "[]"
+
+
+def test_without_mteb_a_sentence_says_what_to_install():
+    code = (
+        "import sys; sys.modules['mteb'] = None\n"
+        "from bge_core import MissingExtraError\n"
+        "try:\n    import bge_core.mteb\n"
+        "except MissingExtraError as error:\n    print(error)"
+    )
+    assert "pip install 'bge-adapters[mteb]'" in run_python(code)
 
 
 @pytest.mark.parametrize(

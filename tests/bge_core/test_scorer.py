@@ -38,6 +38,7 @@ async def test_a_cross_encoder_gets_a_reranker(call, reranker_folder, bert_reran
         own = Reranker(folder, normalize=False, max_length=30)
         assert isinstance(scorer, Reranker)
         assert await call(scorer, "rank", QUERY, PASSAGES) == own.rank(QUERY, PASSAGES)
+        assert scorer.model == str(folder)
         assert scorer.fingerprint == own.fingerprint
 
 
@@ -49,6 +50,11 @@ async def test_m3_gets_its_three_scores(call, m3_folder, weights):
     np.testing.assert_allclose(
         await call(scorer, "score", QUERY, PASSAGES), expected, atol=1e-6, rtol=0
     )
+    pairs = [(QUERY, text) for text in PASSAGES]
+    np.testing.assert_allclose(
+        await call(scorer, "score_pairs", pairs), expected, atol=1e-6, rtol=0
+    )
+    assert scorer.model == str(m3_folder)
     ranked = await call(scorer, "rank", QUERY, PASSAGES)
     assert [index for index, _ in ranked] == np.argsort(-expected, kind="stable").tolist()
     assert {(type(index), type(score)) for index, score in ranked} == {(int, float)}
