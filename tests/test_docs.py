@@ -8,10 +8,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+
+from bge_core import doctor
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/migration.md")
@@ -68,6 +71,15 @@ def hub(
 @pytest.mark.parametrize("code", examples())
 def test_an_example_of_the_pages_runs(code: str) -> None:
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_s_commands_for_a_report_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m bge_core\.doctor\b([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        code = doctor.main(shlex.split(command))
+        assert code == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MODULES)
