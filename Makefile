@@ -1,14 +1,18 @@
 # Every target makes its own virtual environment, from Python 3.11+ and make alone.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# What old packages say of each other, and newer ones don't.
+OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
+	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-server lint format bench clean
+.PHONY: help demo evaluate test test-server test-lowest lint format bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Ask the Python documentation, in LangChain and LlamaIndex (ARGS="--question '...'")
 	$(BIN)/python examples/ask_python_docs.py $(ARGS)
@@ -21,6 +25,9 @@ test: $(VENV)/.dev  ## Run all tests (ARGS="-k words")
 
 test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real Infinity server
 	$(BIN)/python -m pytest tests/test_infinity.py $(ARGS)
+
+test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="-k words")
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt ARGS='$(OLD_WARNINGS) $(ARGS)'
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check $(CODE)
@@ -35,12 +42,12 @@ bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", 
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-infinity .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-infinity .venv-lowest .mypy_cache .pytest_cache .ruff_cache
 
-$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
 
 # The server wants an older transformers than ours.

@@ -294,6 +294,11 @@ class Engine:
         # The last owner's close, or garbage collection, stops the workers and frees the weights.
         weakref.finalize(self, self._workers.close)
 
+    @property
+    def runners(self) -> Mapping[Lane, Sequence[Runner]]:
+        """What executes packs, one a device, for each lane."""
+        return self._workers.runners
+
     def submit(
         self,
         sequences: Sequence[Tokens],

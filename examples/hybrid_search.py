@@ -166,28 +166,36 @@ def stand_in(folder: Path, texts: Sequence[str]) -> Path:
     """
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import XLMRobertaConfig, XLMRobertaModel
 
     transformers.utils.logging.disable_progress_bar()
     pieces = Tokenizer(models.Unigram())
     pieces.normalizer = normalizers.NFKC()
     pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(
         vocab_size=700,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        special_tokens=special,
         unk_token="<unk>",  # noqa: S106 -- a word of the vocabulary
         show_progress=False,
     )
     pieces.train_from_iterator(texts, trainer)
     vocabulary = [tuple(entry) for entry in json.loads(pieces.to_str())["model"]["vocab"]]
-    tokenizer = XLMRobertaTokenizer(vocab=[*vocabulary, ("<mask>", 0.0)], model_max_length=8192)
+    tokenizer = Tokenizer(models.Unigram([*vocabulary, ("<mask>", 0.0)], unk_id=3))
+    tokenizer.add_special_tokens([*special, "<mask>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
     width = 64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = XLMRobertaModel(
             XLMRobertaConfig(
-                vocab_size=len(tokenizer),
+                vocab_size=tokenizer.get_vocab_size(),
                 hidden_size=width,
                 num_hidden_layers=2,
                 num_attention_heads=4,
@@ -203,7 +211,9 @@ def stand_in(folder: Path, texts: Sequence[str]) -> Path:
         torch.nn.init.constant_(sparse.bias, 0.2)
         torch.nn.init.normal_(sparse.weight, std=0.002)
     model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 8192}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
     torch.save(vectors.state_dict(), folder / "colbert_linear.pt")
     return folder

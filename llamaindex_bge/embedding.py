@@ -109,14 +109,10 @@ class BGEEmbedding(ServedModelComponent, BatchedQueries):
     def to_payload(self) -> dict[str, Any]:
         """Describe the model for events, without credentials."""
         shown = (
-            "query_instruction",
-            "task_description",
-            "normalize",
-            "max_length",
-            "device",
-            "dtype",
+            *("model_name", "embed_batch_size", "query_instruction", "task_description"),
+            *("normalize", "max_length", "device", "dtype"),
         )
-        return {**super().to_payload(), **{name: getattr(self, name) for name in shown}}
+        return {"class_name": self.class_name(), **{name: getattr(self, name) for name in shown}}
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Give the configuration, and what it comes to on this machine.

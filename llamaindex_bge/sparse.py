@@ -57,8 +57,8 @@ class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ign
 
     def to_payload(self) -> dict[str, Any]:
         """Describe the model for events, without credentials."""
-        shown = ("max_length", "device", "dtype")
-        return {**super().to_payload(), **{name: getattr(self, name) for name in shown}}
+        shown = ("model_name", "embed_batch_size", "max_length", "device", "dtype")
+        return {"class_name": self.class_name(), **{name: getattr(self, name) for name in shown}}
 
     def similarity(self, embedding1: SparseEmbedding, embedding2: SparseEmbedding) -> float:
         """Give bge-m3's own lexical score, a dot product; the host's cosine ranks differently."""

@@ -107,44 +107,65 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
+def _loaded_tokenizer(tokenizer: Any, name: str) -> Any:
+    """Have transformers load a tokenizer.json, as it does a published checkpoint's."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(f"{folder}/tokenizer.json")
+        config = {"tokenizer_class": name, "model_max_length": 512}
+        _write_json(Path(folder) / "tokenizer_config.json", config)
+        return AutoTokenizer.from_pretrained(folder)
+
+
 @functools.cache
 def _bert_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import WordPieceTrainer
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
+    trainer = WordPieceTrainer(
         vocab_size=900,
         special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    # Sorted by id, as vocab.txt is.
-    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    return BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=512)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return _loaded_tokenizer(tokenizer, "BertTokenizer")
 
 
 @functools.cache
 def _xlmr_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import XLMRobertaTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import UnigramTrainer
 
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=700,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        show_progress=False,
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    learner = Tokenizer(models.Unigram())
+    learner.normalizer = normalizers.NFKC()
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = UnigramTrainer(
+        vocab_size=700, special_tokens=special, unk_token="<unk>", show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    learner.train_from_iterator(CORPUS, trainer)
+    pieces = json.loads(learner.to_str())["model"]["vocab"]
+    # Sorted, since training gives another order each time, and with it other weights a token.
+    pieces[len(special) :] = sorted(pieces[len(special) :])
     vocab = [(piece, score) for piece, score in pieces] + [("<mask>", 0.0)]
-    return XLMRobertaTokenizer(vocab=vocab, model_max_length=512)
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3, byte_fallback=False))
+    tokenizer.add_special_tokens([*special, "<mask>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return _loaded_tokenizer(tokenizer, "XLMRobertaTokenizer")
 
 
 def _bpe(specials: Sequence[str], normalizer: Any, pre_tokenizer: Any, alphabet: Any = ()) -> Any:
@@ -254,7 +275,6 @@ def _bert_config(**extra: Any) -> Any:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=512,
-        initializer_range=0.3,
         **extra,
     )
 
@@ -270,7 +290,6 @@ def _xlmr_config(positions: int, **extra: Any) -> Any:
         intermediate_size=64,
         max_position_embeddings=positions,
         type_vocab_size=1,
-        initializer_range=0.3,
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
@@ -283,12 +302,15 @@ def _write_model(folder: Path, model_class: str, config: Any, tokenizer: Any, se
     import transformers
 
     folder.mkdir(parents=True)
+    model = getattr(transformers, model_class)(config)
     with torch.random.fork_rng(devices=[]):
+        # Drawn here, in the order of their names: the same with every transformers.
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(config)
-        for name, values in model.named_parameters():
-            # Biases start at zero, where a forgotten one would not show.
-            if name.endswith("bias"):
+        for name, values in sorted(model.named_parameters()):
+            if values.dim() > 1:
+                torch.nn.init.normal_(values, std=0.3)
+            elif name.endswith("bias"):
+                # Biases start at zero, where a forgotten one would not show.
                 torch.nn.init.normal_(values, std=0.1)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -531,8 +553,15 @@ def m3_folder(models_dir: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         sparse, colbert = torch.nn.Linear(HIDDEN, 1), torch.nn.Linear(HIDDEN, HIDDEN)
-        # About half of the tokens get a weight above 0.
         torch.nn.init.normal_(sparse.weight)
+    # Most tokens get a weight above 0, in long texts and in short ones.
+    encoder, _, _ = _load(folder, "AutoModel")
+    texts = [*CORPUS, *" ".join(CORPUS).split()]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = encoder(**inputs).last_hidden_state
+        weights = hidden[inputs["attention_mask"].bool()] @ sparse.weight[0]
+    sparse.bias.data.fill_(-float(weights.quantile(0.05)))
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
     torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
     return _write_modules(folder, pooling="cls", normalize=True, max_seq_length=8192)

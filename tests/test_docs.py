@@ -8,12 +8,15 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bge_core import doctor
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/evaluation.md", "docs/migration.md")
@@ -76,6 +79,15 @@ def test_an_example_of_the_pages_runs(
     if "import mteb\n" in code:  # its tasks are on the hub
         monkeypatch.setattr("mteb.get_tasks", lambda tasks: [retrieval_task(*tasks)])
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_s_commands_for_a_report_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m bge_core\.doctor\b([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        code = doctor.main(shlex.split(command))
+        assert code == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MODULES)
