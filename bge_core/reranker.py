@@ -43,6 +43,11 @@ class PairScorer(ABC):
 
     @property
     @abstractmethod
+    def model(self) -> str:
+        """The hub id or folder."""
+
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
 
