@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ format: $(VENV)/.dev  ## Mend style where a tool can
 
 bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for the README)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up 1" for a short look)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
