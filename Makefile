@@ -9,7 +9,7 @@ OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-server test-lowest lint format bench clean
+.PHONY: help demo evaluate test test-server test-lowest lint format bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(VENV)/.dev  ## Mend style where a tool can
 
 bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for the README)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up 1" for a short look)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .venv-infinity .venv-lowest .mypy_cache .pytest_cache .ruff_cache

@@ -153,9 +153,7 @@ def load_bert(
     config = json.loads((checkpoint.body / "config.json").read_text(encoding="utf-8"))
     shape = _shape(config) if checkpoint.family in FAMILIES else None
     files = weight_files(checkpoint.body)
-    # transformers applies the adapter that lies beside the weights.
-    adapted = (checkpoint.body / "adapter_config.json").exists()
-    if shape is None or len(files) != 1 or adapted:
+    if shape is None or len(files) != 1:
         return None
     try:
         with torch.device("meta"):

@@ -7,6 +7,7 @@ heavy is imported; `load_tokenizer` and `load_model` import transformers.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -53,6 +55,8 @@ HEADS: Mapping[Output, str] = MappingProxyType(
 )
 """An output of bge-m3 beside the dense vector -> the file of the layer that makes it."""
 
+# No space left, file too large, quota exceeded.
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _DIGESTED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".py")
 _WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*.py")
@@ -158,6 +162,7 @@ class Checkpoint:
         plain: Transformer, pooling and normalisation are all of it.
         labels: Outputs of its classification head; 0 if it has none.
         hidden_size: Width of the last layer, which is a plain embedder's dimension.
+        vocabulary: Tokens that the weights have an embedding for; 0 if it doesn't say.
         max_length: Tokens that it can take, special ones included.
         default_length: Tokens that are read unless the user says otherwise.
         padding_position: Where positions are counted from in the families of RoBERTa: the
@@ -177,6 +182,7 @@ class Checkpoint:
     plain: bool
     labels: int
     hidden_size: int
+    vocabulary: int
     max_length: int
     default_length: int
     padding_position: int | None
@@ -251,6 +257,12 @@ def locate(source: Source) -> Path:
             why = f"it is not in {where}, and local_files_only=True forbids a download"
         else:
             why = f"it is not in {where}, and the hub gave none ({_first_line(exc)})"
+        if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+            msg = (
+                f"model={source.model!r} can't be downloaded: {where} has no room "
+                f"({_first_line(exc)}). Free some, or pass cache_folder='...' on another disk."
+            )
+            raise CheckpointError(msg) from exc
         close = difflib.get_close_matches(source.model, PROFILES, n=1)
         typo = close and close[0] != source.model
         hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
@@ -274,6 +286,13 @@ def read(source: Source, folder: Path) -> Checkpoint:
     """
     modules = _modules(folder)
     body = folder / (modules[0].path if modules else "")
+    if (adapter := body / "adapter_config.json").exists():
+        # It names another folder or hub id, and transformers would load that one's weights.
+        msg = (
+            f"{adapter} makes {source.model!r} an adapter of another model, which is not loaded: "
+            "merge the two with peft's merge_and_unload() and save_pretrained(folder)."
+        )
+        raise CheckpointError(msg)
     config = _File(body / "config.json")
     if "model_type" not in config.values:
         msg = (
@@ -306,6 +325,7 @@ def read(source: Source, folder: Path) -> Checkpoint:
         plain=all(module.kind in _PLAIN_MODULES for module in modules or ()),
         labels=_labels(config),
         hidden_size=config.whole("hidden_size", config.whole("dim", 0)),
+        vocabulary=config.whole("vocab_size", 0),
         max_length=capacity,
         default_length=min(reading.whole("max_seq_length", capacity), capacity),
         padding_position=pad if offset else None,
@@ -424,6 +444,13 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
         )
         raise CheckpointError(msg)
     _mark_ends(loaded, _File(checkpoint.body / "tokenizer_config.json").values)
+    if 0 < checkpoint.vocabulary < len(loaded):
+        msg = (
+            f"The tokenizer of {checkpoint.name!r} in {checkpoint.body} has {len(loaded)} tokens, "
+            f"and the weights embed {checkpoint.vocabulary} (vocab_size in config.json): one of "
+            "the two is of another model; fetch the checkpoint again."
+        )
+        raise CheckpointError(msg)
     marks = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
     return Tokenizer(
         loaded.backend_tokenizer,
@@ -463,6 +490,7 @@ def load_model(
             "model.safetensors nor pytorch_model.bin; fetch it again."
         )
         raise CheckpointError(msg)
+    _check_shards(checkpoint.body)
     loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
     if kind == "reranker" and checkpoint.pair_prompt is not None:
         from transformers import AutoModelForCausalLM
@@ -570,6 +598,12 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
             "run: it could do anything that you can. If you have read it and trust it, pass "
             "trust_remote_code=True."
         )
+    elif isinstance(error, UnpicklingError) or "weights_only" in str(error):
+        msg = (
+            f"There is more than tensors in the {what} of {checkpoint.name!r} in "
+            f"{checkpoint.body}: the file is damaged, or a pickle with code in it, which was not "
+            "run. Use a checkpoint with model.safetensors, from a publisher whom you trust."
+        )
     else:
         msg = (
             f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be read "
@@ -582,6 +616,22 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
 # Those whose fast versions in transformers 4 went by tokenizer_config.json.
 _MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuse an index of weights that names a file elsewhere, or one that is not there."""
+    for index in folder.glob("*.index.json"):
+        named = _File(index).values.get("weight_map")
+        for name in sorted(set(map(str, named.values()))) if isinstance(named, dict) else ():
+            if PurePosixPath(name.replace("\\", "/")).name != name or ":" in name:
+                msg = (
+                    f"{index} names the file {name!r}, which leaves the checkpoint's folder: "
+                    "such a checkpoint is refused."
+                )
+                raise CheckpointError(msg)
+            if not (folder / name).is_file():
+                msg = f"{folder} lacks {name}, a part of the weights: fetch the checkpoint again."
+                raise CheckpointError(msg)
 
 
 class _File:
@@ -651,14 +701,27 @@ def _modules(folder: Path) -> list[_Module] | None:
         _Module(module["type"].rpartition(".")[2], module.get("path", "")) for module in listed
     ]
     for module in modules:
-        inside = PurePosixPath(module.path.replace("\\", "/"))
-        if inside.is_absolute() or ".." in inside.parts or re.match(r"[A-Za-z]:", module.path):
+        if _leaves(folder, module.path):
             msg = (
                 f"{path} names the path {module.path!r}, which leaves the checkpoint's folder: "
                 "such a checkpoint is refused."
             )
             raise CheckpointError(msg)
     return modules
+
+
+def _leaves(folder: Path, path: str) -> bool:
+    """Say whether a path, as any system would read it, is not in a folder."""
+    inside = PurePosixPath(path.replace("\\", "/"))
+    if inside.is_absolute() or ".." in inside.parts or re.match(r"[A-Za-z]:", path):
+        return True
+    place = folder / path
+    try:
+        place.exists()
+        # Files may be links, as those of the hub's cache are; folders are none there.
+        return not place.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return True
 
 
 def _is_module(entry: object) -> bool:

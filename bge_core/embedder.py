@@ -15,11 +15,11 @@ import numpy as np
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError
 from bge_core.instructions import Frame, QueryExample, make_frame
-from bge_core.local_model import LocalModel
+from bge_core.local_model import LocalModel, off_loop
 from bge_core.passes import Ask, find_passes
 from bge_core.placement import Placement
 from bge_core.profiles import Profile, find_profile
-from bge_core.tokens import check_text, check_texts
+from bge_core.tokens import check_text, check_texts, is_few
 
 if TYPE_CHECKING:
     import torch
@@ -152,11 +152,9 @@ class DenseEmbedder(ABC):
 
     async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
         """Embed queries without blocking the event loop; see `embed_queries`."""
-        if self._resolved is None:
-            # A hub id may be downloaded to learn its instruction.
-            queries = await asyncio.to_thread(self._queries, texts)
-        else:
-            queries = self._queries(texts)
+        # A hub id may be downloaded to learn its instruction.
+        known = self._resolved is not None
+        queries = await off_loop(self._queries, texts, inline=known and is_few(texts))
         rows = await self._aquery_rows(queries)
         return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
 

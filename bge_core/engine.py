@@ -16,7 +16,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from bge_core.runner import Runner
     from bge_core.tokens import Tokenizer, Tokens
 
-__all__ = ["Engine", "Lane", "shared_engine"]
+__all__ = ["Engine", "Lane", "shared_engine", "staying"]
 
 logger = logging.getLogger(__name__)
 
 Lane = Literal["query", "bulk"]
 Rows = list[Any]
 
-# Computing threads that outlive the interpreter crash it; nearly every pack takes less.
+# How long the interpreter's end waits for threads that are in C++, and would crash it.
 _EXIT_SECONDS = 4.0
 # Bulk work gets a third of the CPU that queries get while both want it, and all of it otherwise.
 _BULK_NICENESS = 5
@@ -46,6 +47,7 @@ class _Job:
     """One caller's sequences, computed over one or more packs."""
 
     __slots__ = (
+        "__weakref__",
         "_left",
         "_lock",
         "budget",
@@ -137,6 +139,20 @@ class _Workers:
                 self._start(lane)
             self.waiting[lane].setdefault(job.caller, deque()).append(job)
             self.ready.notify_all()
+        # Weakly: a job and its future that know each other would wait for the garbage collector.
+        mine = weakref.ref(job)
+        job.future.add_done_callback(lambda future: self._forget(future, mine(), lane))
+
+    def _forget(self, future: Future[Rows], job: _Job | None, lane: Lane) -> None:
+        """Let go of what was cancelled before its turn, which may be far away."""
+        if job is None or not future.cancelled():
+            return
+        with self.ready:
+            jobs = self.waiting[lane].get(job.caller)
+            if jobs is not None and job in jobs:
+                jobs.remove(job)
+                if not jobs:
+                    del self.waiting[lane][job.caller]
 
     def _start(self, lane: Lane) -> None:
         for index in range(len(self.runners[lane])):
@@ -266,9 +282,13 @@ class _Workers:
         for job in dropped:
             job.fail(ClosedError(msg))
 
+    def all_threads(self) -> list[threading.Thread]:
+        """Give the threads of all lanes."""
+        return [thread for lane in self.threads.values() for thread in lane]
+
     def join(self, deadline: float) -> None:
         """Wait for the packs that are being computed, until a time of `time.monotonic()`."""
-        for thread in (thread for lane in self.threads.values() for thread in lane):
+        for thread in self.all_threads():
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def after_fork(self) -> None:
@@ -345,7 +365,7 @@ def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
     Returns:
         An engine that lives as long as somebody holds it.
     """
-    with _loading:
+    with _loading, staying():
         engine = _engines.get(key)
         if engine is None:
             engine = load()
@@ -362,18 +382,78 @@ def _step_aside() -> None:
             os.setpriority(os.PRIO_PROCESS, thread, min(nice, 19))
 
 
+class _Presence:
+    """Counts the callers' threads that are where the interpreter must not end around them."""
+
+    def __init__(self) -> None:
+        self.ending = False
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Start over in a forked child, where a lock may stay locked for ever."""
+        self.changed = threading.Condition()
+        self.count = 0
+
+
+_presence = _Presence()
+_ENDING = "The interpreter is ending: nothing is loaded or computed any more."
+
+
+@contextlib.contextmanager
+def staying() -> Iterator[None]:
+    """Let the interpreter's end wait for this thread, for a few seconds at most.
+
+    A daemon thread that comes back from C++ or Rust to an interpreter that has ended is unwound
+    through frames that forbid it, and the process aborts.
+
+    Raises:
+        ClosedError: The interpreter is ending.
+    """
+    with _presence.changed:
+        if _presence.ending:
+            raise ClosedError(_ENDING)
+        _presence.count += 1
+    try:
+        yield
+    except Exception as exc:
+        # Libraries fail in ways of their own then, which say nothing of the model.
+        if _presence.ending:
+            raise ClosedError(_ENDING) from exc
+        raise
+    finally:
+        with _presence.changed:
+            _presence.count -= 1
+            _presence.changed.notify_all()
+
+
 def _at_exit() -> None:
+    with _presence.changed:
+        _presence.ending = True
     live = list(_live)
     for workers in live:
         workers.close()
+    _stop_between_modules({thread for workers in live for thread in workers.all_threads()})
     deadline = time.monotonic() + _EXIT_SECONDS
     for workers in live:
         workers.join(deadline)
+    with _presence.changed:
+        _presence.changed.wait_for(lambda: not _presence.count, deadline - time.monotonic())
+
+
+def _stop_between_modules(threads: AbstractSet[threading.Thread]) -> None:
+    """Have threads leave a long pass at its next module."""
+
+    def stop(_module: torch.nn.Module, _inputs: Any) -> None:
+        if threading.current_thread() in threads:
+            raise ClosedError(_ENDING)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(stop)
 
 
 def _in_child() -> None:
     global _loading  # noqa: PLW0603 -- a lock that another thread held at the fork stays locked
     _loading = threading.RLock()
+    _presence.after_fork()
     for workers in list(_live):
         workers.after_fork()
 

@@ -31,7 +31,13 @@ from bge_core.errors import (
 )
 from bge_core.placement import Placement
 from bge_core.profiles import find_profile
-from bge_core.tokens import OnTruncation, Tokens, check_on_truncation, report_truncation
+from bge_core.tokens import (
+    OnTruncation,
+    Tokens,
+    check_on_truncation,
+    is_small,
+    report_truncation,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,10 +47,11 @@ if TYPE_CHECKING:
     from bge_core.runner import Runner
     from bge_core.tokens import Tokenizer
 
-__all__ = ["Call", "LocalModel", "not_finite", "progress_bar"]
+__all__ = ["Call", "LocalModel", "not_finite", "off_loop", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 
+Done = TypeVar("Done")
 Item = TypeVar("Item", str, tuple[str, str])
 """What is tokenised to one sequence: a text, or a (query, passage) pair."""
 
@@ -58,8 +65,6 @@ _OF_A_PROCESS = frozenset(
 # Tokenised ahead of the workers: enough to sort by length, little enough for a flat memory.
 _SLICE = 512
 _SLICES_AHEAD = 2
-# Up to so many characters are tokenised on the event loop's own thread: about a millisecond.
-_INLINE_CHARACTERS = 4096
 
 
 class LocalModel(ABC, Generic[Item]):
@@ -384,15 +389,15 @@ class LocalModel(ABC, Generic[Item]):
         if not items:
             return None
         make = partial(Call, items, ask=self._ask(), encode=encode)
-        small = _is_small(items)
-        call = make() if small else await asyncio.to_thread(make)
+        small = is_small(items)
+        call = await off_loop(make, inline=small)
         await self._afill(call, lane=lane, show_progress=show_progress)
-        return call.stacked() if small else await asyncio.to_thread(call.stacked)
+        return await off_loop(call.stacked, inline=small)
 
     async def _afill(self, call: Call[Item], *, lane: Lane, show_progress: bool = False) -> None:
         """Do as `_fill` does, without ever blocking the event loop."""
         # A short query is tokenised in less time than a thread takes to be woken.
-        small = _is_small(call.items)
+        small = is_small(call.items)
         engine = self._engine
         if engine is None:
             engine = await asyncio.to_thread(self._loaded)
@@ -400,9 +405,7 @@ class LocalModel(ABC, Generic[Item]):
         ahead: deque[Future[Rows]] = deque()
         with progress_bar(len(call.items), show=show_progress) as progress:
             try:
-                while sequences := (
-                    next(slices, None) if small else await asyncio.to_thread(next, slices, None)
-                ):
+                while sequences := await off_loop(next, slices, None, inline=small):
                     ahead.append(self._submit(engine, call, sequences, lane, progress))
                     if len(ahead) > _SLICES_AHEAD:
                         await self._hand_over(call, ahead.popleft(), inline=small)
@@ -411,28 +414,28 @@ class LocalModel(ABC, Generic[Item]):
             finally:
                 for future in ahead:
                     future.cancel()
-        self._report(call)
+        await off_loop(self._report, call, inline=small)
 
     async def _hand_over(self, call: Call[Item], future: Future[Rows], *, inline: bool) -> None:
-        rows = await self._await(future)
-        if inline:
-            call.take(rows)
-        else:
-            await asyncio.to_thread(call.take, rows)
+        await off_loop(call.take, await self._await(future), inline=inline)
 
     def _slices(self, tokenizer: Tokenizer, call: Call[Item]) -> Iterator[list[Tokens]]:
         """Tokenise slice by slice; all at once where a text that is too long is an error."""
+        from bge_core.engine import staying
+
         strict = self._on_truncation == "error"
         encode = call.encode or self._encode
         whole: list[Tokens] = []
         if strict:
-            whole, call.cut = encode(tokenizer, call.items)
+            with staying():
+                whole, call.cut = encode(tokenizer, call.items)
             self._report(call)
         for part in call.slices():
             if strict:
                 sequences = whole[part]
             else:
-                sequences, cut = encode(tokenizer, call.items[part])
+                with staying():
+                    sequences, cut = encode(tokenizer, call.items[part])
                 call.cut += cut
             if call.ask is not None:
                 sequences = [replace(sequence, ask=call.ask) for sequence in sequences]
@@ -525,9 +528,17 @@ class Call(Generic[Item]):
         """Take the rows of the next slice."""
         self.rows += rows
 
+    def name_of(self, place: int) -> str:
+        """Name a distinct item for a message, by where it came first."""
+        return f"texts[{self.places.index(place)}]"
+
     def stacked(self) -> NDArray[np.float32]:
         """Give a row for each of all items, in order, [n, width]."""
-        rows: NDArray[np.float32] = np.stack(self.rows)
+        rows = np.empty((len(self.rows), len(self.rows[0])), dtype=np.float32)
+        # Slice by slice, so that other threads get their turn between two of them.
+        for start in range(0, len(rows), _SLICE):
+            end = start + _SLICE
+            np.stack(self.rows[start:end], out=rows[start:end])
         self.rows.clear()
         return rows if len(self.items) == len(self.places) else rows[self.places]
 
@@ -544,13 +555,9 @@ def _positive(name: str, value: object) -> int | None:
     return int(value)
 
 
-def _is_small(items: Sequence[Any]) -> bool:
-    characters = 0
-    for item in items:
-        characters += len(item) if isinstance(item, str) else sum(map(len, item))
-        if characters > _INLINE_CHARACTERS:
-            return False
-    return True
+async def off_loop(work: Callable[..., Done], *arguments: object, inline: bool) -> Done:
+    """Work in a thread, or at once where it is too little to stop an event loop."""
+    return work(*arguments) if inline else await asyncio.to_thread(work, *arguments)
 
 
 def not_finite(model: str, which: str) -> ComputationError:

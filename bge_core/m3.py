@@ -15,11 +15,11 @@ import numpy as np
 
 from bge_core.checkpoint import Source, gives_m3, load_head, no_head
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
-from bge_core.local_model import Call, LocalModel, not_finite
+from bge_core.local_model import Call, LocalModel, not_finite, off_loop
 from bge_core.passes import Ask, PassMemo, share_passes
 from bge_core.placement import Placement
 from bge_core.profiles import find_profile
-from bge_core.tokens import check_pairs, check_texts
+from bge_core.tokens import check_pairs, check_texts, is_few
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +293,7 @@ class M3Embedder(LocalModel[str]):
             InputTypeError: `texts` is no list of str.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        call = self._asked(check_texts(texts, "texts"), dense, sparse, multi_vector, return_tokens)
+        call = self._asked(texts, dense, sparse, multi_vector, return_tokens)
         if call.items:
             self._check_heads(call)
             self._fill(call, lane=lane, show_progress=show_progress)
@@ -311,7 +311,8 @@ class M3Embedder(LocalModel[str]):
         show_progress: bool = False,
     ) -> M3Outputs:
         """Encode texts without blocking the event loop; see `encode`."""
-        call = self._asked(check_texts(texts, "texts"), dense, sparse, multi_vector, return_tokens)
+        asked = dense, sparse, multi_vector, return_tokens
+        call = await off_loop(self._asked, texts, *asked, inline=is_few(texts))
         if call.items:
             await self._acheck_heads(call)
             await self._afill(call, lane=lane, show_progress=show_progress)
@@ -344,7 +345,7 @@ class M3Embedder(LocalModel[str]):
             InputTypeError: An argument of the wrong type.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        call = self._scoring(check_pairs(pairs), M3Weights.of(weights))
+        call = self._scoring(pairs, weights)
         if call.items:
             self._check_heads(call)
             self._fill(call, lane="query", show_progress=show_progress)
@@ -358,7 +359,7 @@ class M3Embedder(LocalModel[str]):
         show_progress: bool = False,
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score`."""
-        call = self._scoring(check_pairs(pairs), M3Weights.of(weights))
+        call = await off_loop(self._scoring, pairs, weights, inline=is_few(pairs))
         if call.items:
             await self._acheck_heads(call)
             await self._afill(call, lane="query", show_progress=show_progress)
@@ -393,8 +394,9 @@ class M3Embedder(LocalModel[str]):
         return tokenizer.encode(items, max_length=self.max_length)
 
     def _asked(
-        self, texts: list[str], dense: bool, sparse: bool, multi_vector: bool, tokens: bool
+        self, texts: Iterable[str], dense: bool, sparse: bool, multi_vector: bool, tokens: bool
     ) -> Call[str]:
+        known = check_texts(texts, "texts")
         self._check_open()
         asked: dict[Output, bool] = {
             "dense": dense,
@@ -408,18 +410,24 @@ class M3Embedder(LocalModel[str]):
         if tokens and not sparse:
             msg = "return_tokens=True spells the sparse output out: ask for it with sparse=True."
             raise ArgumentError(msg)
-        return Call(texts, ask=Ask(outputs, self._memo))
+        return Call(known, ask=Ask(outputs, self._memo))
 
-    def _scoring(self, pairs: list[tuple[str, str]], weights: M3Weights) -> _Scoring:
+    def _scoring(
+        self, pairs: Iterable[tuple[str, str]], weights: M3Weights | Mapping[str, float] | None
+    ) -> _Scoring:
+        known = check_pairs(pairs)
         self._check_open()
-        return _Scoring(pairs, weights, self._read)
+        return _Scoring(known, M3Weights.of(weights), self._read)
 
     def _check_heads(self, call: Call[str]) -> None:
         """Refuse a missing or damaged layer here: in a worker it would fail its whole pack."""
         _check_make(self.checkpoint)
         for output in sorted(_outputs(call) - self._checked):
             if output != "dense":
-                load_head(self.checkpoint, output)
+                from bge_core.engine import staying
+
+                with staying():
+                    load_head(self.checkpoint, output)
             self._checked |= {output}
 
     async def _acheck_heads(self, call: Call[str]) -> None:
@@ -429,7 +437,7 @@ class M3Embedder(LocalModel[str]):
 
     def _outputs(self, call: Call[str], *, return_tokens: bool) -> M3Outputs:
         outputs = _outputs(call)
-        read = [self._read(row, call.items[place]) for place, row in enumerate(call.rows)]
+        read = [self._read(row, call, place) for place, row in enumerate(call.rows)]
         texts = [read[place] for place in call.places]
         dense = sparse = multi_vector = None
         if "dense" in outputs:
@@ -449,11 +457,11 @@ class M3Embedder(LocalModel[str]):
         heaviest = sorted(weights.items(), key=lambda item: -item[1])
         return {spell(token): weight for token, weight in heaviest}
 
-    def _read(self, row: M3Row, text: str) -> _Text:
+    def _read(self, row: M3Row, call: Call[str], place: int) -> _Text:
         """Check a row, bring the dense vector to unit length and drop the tokens of no word."""
         arrays = (row.dense, None if row.sparse is None else row.sparse[1], row.multi_vector)
         if not all(array is None or np.isfinite(array).all() for array in arrays):
-            raise not_finite(self.model, f"the text {text!r:.60}")
+            raise not_finite(self.model, call.name_of(place))
         dense, sparse = row.dense, {}
         if dense is not None:
             dense = dense / np.maximum(np.linalg.norm(dense), np.finfo(np.float32).tiny)
@@ -485,7 +493,7 @@ class _Scoring(Call[str]):
         self,
         pairs: Sequence[tuple[str, str]],
         weights: M3Weights,
-        read: Callable[[M3Row, str], _Text],
+        read: Callable[[M3Row, Call[str], int], _Text],
     ) -> None:
         queries = dict.fromkeys(query for query, _ in pairs)
         texts = queries | dict.fromkeys(passage for _, passage in pairs)
@@ -513,11 +521,15 @@ class _Scoring(Call[str]):
             characters += len(text)
         yield slice(start, len(self.items))
 
+    def name_of(self, place: int) -> str:
+        """Name a text for a message: it may be in any number of pairs."""
+        return f"the text {self.items[place]!r:.60}"
+
     def take(self, rows: Rows) -> None:
         """Score the pairs whose texts are both here by now."""
         for row in rows:
             place = len(self._held)
-            self._held.append(self._read(row, self.items[place]))
+            self._held.append(self._read(row, self, place))
             for index, query, passage in self._due.pop(place, ()):
                 self.scores[index] = self._score(self._held[query], self._held[passage])
             if place >= self._queries:

@@ -155,7 +155,13 @@ def load_openvino_runner(
         try:
             _keep(openvino, model, file)
         except (OSError, RuntimeError) as exc:
-            logger.warning("The converted %r can't be kept: %s", checkpoint.name, exc)
+            logger.warning(
+                "The converted %r can't be kept in %s (%s): free some room there, or pass "
+                "cache_folder='...'. Until then each process converts it again.",
+                checkpoint.name,
+                file.parent.parent,
+                str(exc).strip() or type(exc).__name__,
+            )
     compiled = core.compile_model(
         model,
         "CPU",

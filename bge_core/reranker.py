@@ -14,9 +14,9 @@ import numpy as np
 
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError, InputTypeError
-from bge_core.local_model import LocalModel
+from bge_core.local_model import LocalModel, off_loop
 from bge_core.placement import Placement
-from bge_core.tokens import check_pairs, check_text, check_texts
+from bge_core.tokens import check_pairs, check_text, check_texts, is_few
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ class PairScorer(ABC):
         self, query: str, passages: Iterable[str], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
-        pairs = _pairs(query, passages)
+        pairs = await off_loop(_pairs, query, passages, inline=is_few(passages))
         return self._shown(await self._alogits(pairs, show_progress=show_progress))
 
     def score_pairs(
@@ -126,8 +126,8 @@ class PairScorer(ABC):
         self, pairs: Iterable[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score_pairs`."""
-        checked = check_pairs(pairs)
-        return self._shown(await self._alogits(checked, show_progress=show_progress))
+        known = await off_loop(check_pairs, pairs, inline=is_few(pairs))
+        return self._shown(await self._alogits(known, show_progress=show_progress))
 
     def rank(
         self,
@@ -165,7 +165,8 @@ class PairScorer(ABC):
     ) -> list[tuple[int, float]]:
         """Rank passages without blocking the event loop; see `rank`."""
         self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        logits = await self._alogits(_pairs(query, passages))
+        pairs = await off_loop(_pairs, query, passages, inline=is_few(passages))
+        logits = await self._alogits(pairs)
         return self._ranked(logits, top_n, score_threshold)
 
     def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bge_core.checkpoint import HEADS, Source, locate, read
 from bge_core.errors import ArgumentError
+from bge_core.local_model import off_loop
 from bge_core.m3 import M3Embedder, M3Weights
 from bge_core.profiles import Profile, find_profile
 from bge_core.remote import make_reranker, not_local
 from bge_core.reranker import check_limits, rank_scores
-from bge_core.tokens import check_text, check_texts
+from bge_core.tokens import check_text, check_texts, is_few
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +134,8 @@ class M3Reranker:
 
     async def ascore(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
-        return await self._embedder.ascore(_pairs(query, passages), weights=self._weights)
+        pairs = await off_loop(_pairs, query, passages, inline=is_few(passages))
+        return await self._embedder.ascore(pairs, weights=self._weights)
 
     def score_pairs(
         self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False

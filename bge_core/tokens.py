@@ -28,12 +28,18 @@ __all__ = [
     "check_pairs",
     "check_text",
     "check_texts",
+    "is_few",
+    "is_small",
     "report_truncation",
 ]
 
 logger = logging.getLogger(__name__)
 
 OnTruncation = Literal["ignore", "warn", "error"]
+
+# Tokenised in about a millisecond.
+_FEW_TEXTS = 32
+_FEW_CHARACTERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +252,9 @@ class Tokenizer:
     def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
         if self._lower_case:
             texts = [text.lower() for text in texts]
+        if is_small(texts):
+            # On this thread: the tokenizer's pool may be busy with somebody's documents.
+            return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
 
@@ -264,6 +273,19 @@ def _between(ids: list[int], special: list[int]) -> tuple[list[int], list[int], 
     start = inner_special.index(1)
     length = inner_special[start:].index(0)
     return prefix, inner[start : start + length], suffix
+
+
+def is_few(items: object) -> bool:
+    """Say whether an event loop can check what came in itself."""
+    return isinstance(items, (list, tuple)) and len(items) <= _FEW_TEXTS
+
+
+def is_small(items: Sequence[str] | Sequence[tuple[str, str]]) -> bool:
+    """Say whether an event loop can tokenise texts or pairs itself, so little are they."""
+    if not is_few(items):
+        return False
+    texts = (text for item in items for text in ((item,) if isinstance(item, str) else item))
+    return sum(map(len, texts)) <= _FEW_CHARACTERS
 
 
 def check_on_truncation(value: str) -> OnTruncation:

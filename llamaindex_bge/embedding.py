@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
 
 from bge_core import BGEError, QueryExample, make_embedder
 from bge_core.embedder import DenseEmbedder
+from bge_core.local_model import off_loop
 from llamaindex_bge._component import ModelName, ServedModelComponent
 from llamaindex_bge._queries import BatchedQueries
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["BGEEmbedding"]
 
@@ -155,22 +160,30 @@ class BGEEmbedding(ServedModelComponent, BatchedQueries):
         return self._embedder
 
     def _get_query_embeddings(self, queries: list[str]) -> list[Embedding]:
-        return self._core.embed_queries(queries).tolist()  # type: ignore[no-any-return]
+        return _rows(self._core.embed_queries(queries))
 
     async def _aget_query_embeddings(self, queries: list[str]) -> list[Embedding]:
-        return (await self._core.aembed_queries(queries)).tolist()  # type: ignore[no-any-return]
+        vectors = await self._core.aembed_queries(queries)
+        return await off_loop(_rows, vectors, inline=len(vectors) == 1)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._core.embed_documents(texts).tolist()  # type: ignore[no-any-return]
+        return _rows(self._core.embed_documents(texts))
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return (await self._core.aembed_documents(texts)).tolist()  # type: ignore[no-any-return]
+        vectors = await self._core.aembed_documents(texts)
+        # Thousands of vectors take a while to become Python floats.
+        return await off_loop(_rows, vectors, inline=len(vectors) == 1)
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
         return (await self._aget_text_embeddings([text]))[0]
+
+
+def _rows(vectors: NDArray[np.float32]) -> list[Embedding]:
+    # Row by row, so that other threads get their turn between two of them.
+    return [vector.tolist() for vector in vectors]
 
 
 _STATED = ("fingerprint", "computed_dtype")

@@ -264,6 +264,36 @@ def test_what_a_caller_cancels_is_not_computed(held):
     assert runner.packs == [[1], [5]]
 
 
+def test_what_is_cancelled_is_let_go_of_at_once_however_far_its_turn_is(held):
+    made, runner = held
+    jobs = [made.submit(sequences(*[90] * 50), lane="query") for _ in range(3)]
+    own = [made.submit(sequences(8), lane="query", caller="me") for _ in range(2)]
+    waiting = made._workers.waiting["query"]
+    assert len(waiting) == 4
+    assert own[0].cancel()
+    assert jobs[1].cancel()
+    assert [len(queue) for queue in waiting.values()] == [1, 1, 1]
+    runner.gate.set()
+    assert (values(jobs[0]), values(jobs[2]), values(own[1])) == ([90.0] * 50, [90.0] * 50, [8.0])
+
+
+def test_a_job_that_is_done_needs_no_garbage_collector():
+    made = engine(Recorder())
+    gc.disable()
+    try:
+        future = made.submit(sequences(5), lane="query")
+        assert values(future) == [5.0]
+        gone = weakref.ref(future)
+        del future
+        for _ in range(100):
+            if gone() is None:
+                break
+            time.sleep(0.02)
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_an_engine_that_nobody_holds_stops_its_threads_and_fails_who_waits(held):
     runner = Recorder()
     runner.gate.clear()

@@ -648,7 +648,7 @@ async def test_nan_is_refused(call, m3_folder, copy_of, output):
     state = torch.load(folder / FILES[output], weights_only=True)
     state["bias"][0] = float("nan")
     torch.save(state, folder / FILES[output])
-    with pytest.raises(ComputationError, match="cat sat"):
+    with pytest.raises(ComputationError, match=r"texts\[0\]"):
         await call(M3Embedder(folder), "encode", ["cat sat"], **ALONE[output])
 
 
