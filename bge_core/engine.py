@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -163,7 +164,16 @@ class _Workers:
             self.threads[lane].append(thread)
 
     def _work(self, lane: Lane, index: int) -> None:
-        runner = self.runners[lane][index]
+        self._serve(lane, index)
+        if not _presence.ending:
+            _give_back()
+
+    def _serve(self, lane: Lane, index: int) -> None:
+        """Compute what comes until the engine is closed; nothing of the model outlives it."""
+        with self.ready:
+            if self.closed:
+                return
+            runner = self.runners[lane][index]
         if lane == "bulk":
             _step_aside()
         if self.forked:
@@ -380,6 +390,16 @@ def _step_aside() -> None:
         nice = os.getpriority(os.PRIO_PROCESS, thread) + _BULK_NICENESS
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.setpriority(os.PRIO_PROCESS, thread, min(nice, 19))
+
+
+def _give_back() -> None:
+    """Have glibc return what was freed: it would keep a gigabyte of weights and activations.
+
+    Each worker has a part of the heap of its own, and the next model's workers get others.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class _Presence:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import langchain_bge
 import llamaindex_bge
 from bge_core import ComputationError, Embedder, M3Embedder, Reranker
+from bge_core.bert import load_bert
 from bge_core.scorer import make_scorer
 
 FINE, BROKEN = ["a cat", "a dog"], "a panda"
@@ -103,11 +105,11 @@ async def test_half_precision_that_overflows_is_refused(m3_folder, tmp_path, cal
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with Embedder(folder, dtype="float32") as whole:
         assert np.isfinite(await call(whole, "embed_documents", TEXTS)).all()
-        engine = whole._loaded()
-        # A CPU computes float16 as float32 here, so that half is what a GPU would have.
-        for runner in {id(one): one for one in engine._workers.runners["bulk"]}.values():
-            runner._encoder.half()
-            runner._last_layer.half()
+        # A CPU computes float16 as float32 here, so this is what a GPU would have.
+        (runner,) = whole._loaded().runners["bulk"]
+        runner._encoder = load_bert(
+            whole.checkpoint, kind="embedder", dtype=torch.float16, device=torch.device("cpu")
+        )
         with pytest.raises(ComputationError, match=REMEDY.format(r"texts\[0\]")):
             await call(whole, "embed_documents", TEXTS)
 
