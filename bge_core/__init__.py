@@ -15,7 +15,7 @@ from bge_core.errors import (
 from bge_core.instructions import QueryExample
 from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
 from bge_core.remote import RemoteEmbedder, RemoteReranker, make_embedder, make_reranker
-from bge_core.reranker import Reranker
+from bge_core.reranker import Ranked, Reranker
 from bge_core.scorer import M3Reranker, Scorer, make_scorer
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "M3Weights",
     "MissingExtraError",
     "QueryExample",
+    "Ranked",
     "RemoteEmbedder",
     "RemoteReranker",
     "Reranker",

@@ -19,7 +19,8 @@ from bge_core.local_model import LocalModel, off_loop
 from bge_core.passes import Ask, find_passes
 from bge_core.placement import Placement
 from bge_core.profiles import Profile, find_profile
-from bge_core.tokens import check_text, check_texts, is_few
+from bge_core.tokens import check_long_passages, check_text, check_texts, is_few
+from bge_core.windows import MeanWindow, Window, cut_windows
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from bge_core.engine import Lane
     from bge_core.errors import ComputationError
+    from bge_core.local_model import Call, Encode
     from bge_core.tokens import Tokenizer, Tokens
 
 __all__ = ["DenseEmbedder", "Embedder"]
@@ -258,6 +260,10 @@ class Embedder(LocalModel[str], DenseEmbedder):
             checkpoint's own limit.
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        long_passages: What happens with a document that doesn't fit: `"truncate"` reads its
+            beginning; `"window"` reads all of it, in overlapping windows of one size, and the
+            vector is the mean of their pooled vectors, normalised then. One that fits has the
+            same vector either way. Queries are cut in any case.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
             `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
         cache_folder: The hub's cache; None for the usual one.
@@ -296,6 +302,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         on_truncation: str = "warn",
+        long_passages: str = "truncate",
         backend: str = "torch",
         cache_folder: str | os.PathLike[str] | None = None,
         revision: str | None = None,
@@ -306,6 +313,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
         if pooling is not None and pooling not in _POOLINGS:
             msg = f"pooling={pooling!r} is not served: use 'cls', 'mean' or 'last', or None."
             raise ArgumentError(msg)
+        self._long_passages = check_long_passages(long_passages)
         DenseEmbedder.__init__(
             self,
             query_instruction=query_instruction,
@@ -363,6 +371,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
             frame.before,
             frame.document,
             *([frame.examples, frame.after] if frame.after else []),
+            *(["window"] if self._long_passages == "window" else []),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -384,6 +393,18 @@ class Embedder(LocalModel[str], DenseEmbedder):
             max_length=self.max_length,
             most=self.checkpoint.max_length,
         )
+
+    def _call(self, items: Sequence[str], encode: Encode[str] | None = None) -> Call[str]:
+        if self._long_passages == "window" and encode is None:
+            return MeanWindow(items, cut=self._cut, ask=self._ask())
+        return super()._call(items, encode)  # queries have a way of their own
+
+    def _cut(
+        self, tokenizer: Tokenizer, items: Sequence[str]
+    ) -> tuple[list[list[Window]], list[bool]]:
+        rooms = [tokenizer.single_room(self.max_length)] * len(items)
+        windows = cut_windows(tokenizer, rooms, items, lead=len(self._frame.document))
+        return windows, [False] * len(items)
 
     def _ask(self) -> Ask | None:
         # Whoever wants bge-m3's sparse output of the same texts shall need no second pass.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from numbers import Integral
 from types import TracebackType
@@ -47,12 +46,12 @@ if TYPE_CHECKING:
     from bge_core.runner import Runner
     from bge_core.tokens import Tokenizer
 
-__all__ = ["Call", "LocalModel", "not_finite", "off_loop", "progress_bar"]
+__all__ = ["Call", "Item", "LocalModel", "not_finite", "off_loop", "progress_bar", "slices_of"]
 
 logger = logging.getLogger(__name__)
 
 Done = TypeVar("Done")
-Item = TypeVar("Item", str, tuple[str, str])
+Item = TypeVar("Item", bound=str | tuple[str, str])
 """What is tokenised to one sequence: a text, or a (query, passage) pair."""
 
 Encode = Callable[["Tokenizer", Sequence[Item]], tuple[list[Tokens], list[bool]]]
@@ -333,6 +332,10 @@ class LocalModel(ABC, Generic[Item]):
         """Say what is asked for beside a plain row; nothing of most models."""
         return None
 
+    def _call(self, items: Sequence[Item], encode: Encode[Item] | None = None) -> Call[Item]:
+        """Make the call of items, which are tokenised by `encode`; None for `_encode`."""
+        return Call(items, ask=self._ask(), encode=encode)
+
     def _compute(
         self,
         items: Sequence[Item],
@@ -355,7 +358,7 @@ class LocalModel(ABC, Generic[Item]):
         self._check_open()
         if not items:
             return None
-        call = Call(items, ask=self._ask(), encode=encode)
+        call = self._call(items, encode)
         self._fill(call, lane=lane, show_progress=show_progress)
         return call.stacked()
 
@@ -363,7 +366,7 @@ class LocalModel(ABC, Generic[Item]):
         """Compute a call's items and hand it their rows; `_compute` is this for plain rows."""
         engine = self._loaded()
         ahead: deque[Future[Rows]] = deque()
-        with progress_bar(len(call.items), show=show_progress) as progress:
+        with progress_bar(call.total, show=show_progress, unit=call.unit) as progress:
             try:
                 for sequences in self._slices(engine.tokenizer, call):
                     ahead.append(self._submit(engine, call, sequences, lane, progress))
@@ -388,9 +391,8 @@ class LocalModel(ABC, Generic[Item]):
         self._check_open()
         if not items:
             return None
-        make = partial(Call, items, ask=self._ask(), encode=encode)
         small = is_small(items)
-        call = await off_loop(make, inline=small)
+        call = await off_loop(self._call, items, encode, inline=small)
         await self._afill(call, lane=lane, show_progress=show_progress)
         return await off_loop(call.stacked, inline=small)
 
@@ -403,7 +405,7 @@ class LocalModel(ABC, Generic[Item]):
             engine = await asyncio.to_thread(self._loaded)
         slices = self._slices(engine.tokenizer, call)
         ahead: deque[Future[Rows]] = deque()
-        with progress_bar(len(call.items), show=show_progress) as progress:
+        with progress_bar(call.total, show=show_progress, unit=call.unit) as progress:
             try:
                 while sequences := await off_loop(next, slices, None, inline=small):
                     ahead.append(self._submit(engine, call, sequences, lane, progress))
@@ -426,25 +428,31 @@ class LocalModel(ABC, Generic[Item]):
         strict = self._on_truncation == "error"
         encode = call.encode or self._encode
         whole: list[Tokens] = []
-        if strict:
+        # Windows of all texts would be too many to hold, and of them only a query can be cut.
+        at_once = strict and not call.windowed
+        if at_once:
             with staying():
                 whole, call.cut = encode(tokenizer, call.items)
             self._report(call)
         for part in call.slices():
-            if strict:
+            if at_once:
                 sequences = whole[part]
             else:
                 with staying():
                     sequences, cut = encode(tokenizer, call.items[part])
                 call.cut += cut
+                if strict:
+                    self._report(call)
             if call.ask is not None:
                 sequences = [replace(sequence, ask=call.ask) for sequence in sequences]
             yield sequences
 
     def _report(self, call: Call[Item]) -> None:
+        known = len(call.cut)  # fewer than all, while slices follow
+        what = "texts" if self._kind == "embedder" else "pairs"
         report_truncation(
-            what="texts" if self._kind == "embedder" else "pairs",
-            cut=sum(call.cut[place] for place in call.places),
+            what="queries, with room left for a passage," if call.windowed else what,
+            cut=sum(call.cut[place] for place in call.places if place < known),
             total=len(call.places),
             max_length=self.max_length,
             policy=self._on_truncation,
@@ -504,6 +512,9 @@ class Call(Generic[Item]):
         encode: Tokenises them; None for the model's own way.
     """
 
+    windowed = False
+    unit = "text"
+
     def __init__(
         self,
         items: Sequence[Item],
@@ -518,6 +529,11 @@ class Call(Generic[Item]):
         self.encode: Encode[Item] | None = encode
         self.cut: list[bool] = []
         self.rows: Rows = []
+
+    @property
+    def total(self) -> int | None:
+        """How many sequences there will be; None where only tokenising tells."""
+        return len(self.items)
 
     def slices(self) -> Iterator[slice]:
         """Say which items are tokenised and submitted together, in order."""
@@ -560,6 +576,26 @@ async def off_loop(work: Callable[..., Done], *arguments: object, inline: bool) 
     return work(*arguments) if inline else await asyncio.to_thread(work, *arguments)
 
 
+def slices_of(items: Sequence[Any], *, characters: int) -> Iterator[slice]:
+    """Cut items into slices of so many characters, and no more items than any slice has.
+
+    A longer item is a slice of its own.
+    """
+    start = total = 0
+    for end, item in enumerate(items):
+        length = _characters(item)
+        if end > start and (total + length > characters or end - start == _SLICE):
+            yield slice(start, end)
+            start = end
+            total = 0
+        total += length
+    yield slice(start, len(items))
+
+
+def _characters(item: str | tuple[str, str]) -> int:
+    return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
 def not_finite(model: str, which: str) -> ComputationError:
     """Say that a model gave NaN or infinity for one text."""
     msg = (
@@ -570,14 +606,16 @@ def not_finite(model: str, which: str) -> ComputationError:
 
 
 @contextmanager
-def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(
+    total: int | None, *, show: bool, unit: str = "text"
+) -> Iterator[Callable[[int], None] | None]:
     """Give the function that moves a progress bar on, or None where none is shown."""
     if not show:
         yield None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="text") as bar:
+    with tqdm(total=total, unit=unit) as bar:
 
         def move(count: int) -> None:
             bar.update(count)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bge_core.checkpoint import Source, gives_m3, load_head, no_head
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
-from bge_core.local_model import Call, LocalModel, not_finite, off_loop
+from bge_core.local_model import Call, LocalModel, not_finite, off_loop, slices_of
 from bge_core.passes import Ask, PassMemo, share_passes
 from bge_core.placement import Placement
 from bge_core.profiles import find_profile
@@ -512,14 +512,7 @@ class _Scoring(Call[str]):
 
     def slices(self) -> Iterator[slice]:
         """Cut by characters, since token vectors are large; a longer text is a slice of its own."""
-        start = characters = 0
-        for end, text in enumerate(self.items):
-            if end > start and characters + len(text) > _SCORED_CHARACTERS:
-                yield slice(start, end)
-                start = end
-                characters = 0
-            characters += len(text)
-        yield slice(start, len(self.items))
+        return slices_of(self.items, characters=_SCORED_CHARACTERS)
 
     def name_of(self, place: int) -> str:
         """Name a text for a message: it may be in any number of pairs."""

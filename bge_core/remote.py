@@ -47,6 +47,7 @@ _DEFAULTS: Mapping[str, object] = MappingProxyType(
         "backend": "torch",
         "dtype": "auto",
         "local_files_only": False,
+        "long_passages": "truncate",
         "on_truncation": "warn",
         "trust_remote_code": False,
     }
@@ -519,6 +520,7 @@ def make_embedder(
     max_length: int | None = None,
     batch_tokens: int | None = None,
     on_truncation: str = "warn",
+    long_passages: str = "truncate",
     backend: str = "torch",
     cache_folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -545,6 +547,7 @@ def make_embedder(
         max_length: Tokens that are read of a text.
         batch_tokens: Tokens computed in one pass.
         on_truncation: What happens when a text is longer.
+        long_passages: What happens with a document that doesn't fit.
         backend: What executes the model.
         cache_folder: The hub's cache.
         revision: Branch, tag or commit on the hub.
@@ -575,6 +578,7 @@ def make_embedder(
         "max_length": max_length,
         "batch_tokens": batch_tokens,
         "on_truncation": on_truncation,
+        "long_passages": long_passages,
         "backend": backend,
         "cache_folder": cache_folder,
         "revision": revision,
@@ -608,6 +612,7 @@ def make_reranker(
     max_length: int | None = None,
     batch_tokens: int | None = None,
     on_truncation: str = "warn",
+    long_passages: str = "truncate",
     backend: str = "torch",
     cache_folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -629,6 +634,7 @@ def make_reranker(
         max_length: Tokens that are read of a pair.
         batch_tokens: Tokens computed in one pass.
         on_truncation: What happens when a pair is longer.
+        long_passages: What happens with a passage that doesn't fit.
         backend: What executes the model.
         cache_folder: The hub's cache.
         revision: Branch, tag or commit on the hub.
@@ -651,6 +657,7 @@ def make_reranker(
         "max_length": max_length,
         "batch_tokens": batch_tokens,
         "on_truncation": on_truncation,
+        "long_passages": long_passages,
         "backend": backend,
         "cache_folder": cache_folder,
         "revision": revision,

@@ -7,6 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,17 @@ import numpy as np
 
 from bge_core.checkpoint import Source
 from bge_core.errors import ArgumentError, InputTypeError
-from bge_core.local_model import LocalModel, off_loop
+from bge_core.local_model import Call, LocalModel, off_loop
 from bge_core.placement import Placement
-from bge_core.tokens import check_pairs, check_text, check_texts, is_few
+from bge_core.tokens import (
+    check_long_passages,
+    check_pairs,
+    check_text,
+    check_texts,
+    is_few,
+    is_small,
+)
+from bge_core.windows import BestWindow, Span, Window, cut_windows
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +33,36 @@ if TYPE_CHECKING:
 
     from bge_core.engine import Lane
     from bge_core.errors import ComputationError
+    from bge_core.local_model import Encode
     from bge_core.tokens import Tokenizer, Tokens
 
-__all__ = ["PairScorer", "Reranker", "check_limits", "rank_scores"]
+__all__ = ["PairScorer", "Ranked", "Reranker", "check_limits", "rank_scores"]
 
 Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One passage in a ranking.
+
+    Attributes:
+        index: Its place in what was given.
+        score: Its score, a Python float.
+        span: The characters [start, end) of the passage that the score is of, with
+            `long_passages="window"`; else None.
+
+    Example:
+        >>> passage = "Cats purr. " * 40 + "A panda is a bear."
+        >>> reranker = Reranker("BAAI/bge-reranker-base", max_length=40, long_passages="window")
+        >>> (best,) = reranker.rank_spans("what is a panda?", [passage])
+        >>> start, end = best.span
+        >>> 0 < len(passage[start:end]) < len(passage)
+        True
+    """
+
+    index: int
+    score: float
+    span: Span | None = None
 
 
 class PairScorer(ABC):
@@ -152,8 +186,8 @@ class PairScorer(ABC):
             ArgumentError: `top_n` is below 1, the threshold is NaN, or as `score` says.
             InputTypeError: An argument of the wrong type.
         """
-        self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        return self._ranked(self._logits(_pairs(query, passages)), top_n, score_threshold)
+        ranked = self.rank_spans(query, passages, top_n=top_n, score_threshold=score_threshold)
+        return [(found.index, found.score) for found in ranked]
 
     async def arank(
         self,
@@ -164,10 +198,52 @@ class PairScorer(ABC):
         score_threshold: float | None = None,
     ) -> list[tuple[int, float]]:
         """Rank passages without blocking the event loop; see `rank`."""
+        ranked = await self.arank_spans(
+            query, passages, top_n=top_n, score_threshold=score_threshold
+        )
+        return [(found.index, found.score) for found in ranked]
+
+    def rank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages as `rank` does, and say which characters of each the score is of.
+
+        Args:
+            query: The query.
+            passages: The passages.
+            top_n: How many to give, 1 or more; None for all.
+            score_threshold: The least score to give, itself included; None for any.
+
+        Returns:
+            The best first, each with its span: with `long_passages="window"` the best window,
+            which is the whole of a passage that fits; else None.
+
+        Raises:
+            ArgumentError: As `rank` says.
+            InputTypeError: An argument of the wrong type.
+        """
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        logits, spans = self._scored(_pairs(query, passages))
+        return self._ranked(logits, spans, top_n, score_threshold)
+
+    async def arank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages without blocking the event loop; see `rank_spans`."""
         self.check_limits(top_n=top_n, score_threshold=score_threshold)
         pairs = await off_loop(_pairs, query, passages, inline=is_few(passages))
-        logits = await self._alogits(pairs)
-        return self._ranked(logits, top_n, score_threshold)
+        logits, spans = await self._ascored(pairs)
+        return self._ranked(logits, spans, top_n, score_threshold)
 
     def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
         """Refuse a `top_n` or a threshold that can't be meant.
@@ -193,6 +269,13 @@ class PairScorer(ABC):
         rows = await self._acompute(pairs, lane="query", show_progress=show_progress)
         return self._checked(rows)
 
+    def _scored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
+        """Give a logit a pair, and what of each passage it is of, where that is known."""
+        return self._logits(pairs), None
+
+    async def _ascored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
+        return await self._alogits(pairs), None
+
     def _checked(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
         if rows is None:
             return np.empty(0, dtype=np.float32)
@@ -211,12 +294,19 @@ class PairScorer(ABC):
         return (np.where(logits >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
 
     def _ranked(
-        self, logits: NDArray[np.float32], top_n: int | None, score_threshold: float | None
-    ) -> list[tuple[int, float]]:
+        self,
+        logits: NDArray[np.float32],
+        spans: Sequence[Span] | None,
+        top_n: int | None,
+        score_threshold: float | None,
+    ) -> list[Ranked]:
         # By the logit: in float32 the sigmoid of everything above 17 is 1.
-        return rank_scores(
+        ranked = rank_scores(
             logits, self._shown(logits), top_n=top_n, score_threshold=score_threshold
         )
+        return [
+            Ranked(index, score, None if spans is None else spans[index]) for index, score in ranked
+        ]
 
 
 class Reranker(LocalModel[Pair], PairScorer):
@@ -240,6 +330,9 @@ class Reranker(LocalModel[Pair], PairScorer):
             as in FlagEmbedding, and asks the question whatever was cut.
         batch_tokens: Tokens computed in one pass; None for the device's default.
         on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
+        long_passages: What happens with a passage that doesn't fit: `"truncate"` reads its
+            beginning; `"window"` scores overlapping windows of it and takes the best, so that
+            only a query is ever cut. One that fits has the same score either way.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
             `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
         cache_folder: The hub's cache; None for the usual one.
@@ -271,6 +364,7 @@ class Reranker(LocalModel[Pair], PairScorer):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         on_truncation: str = "warn",
+        long_passages: str = "truncate",
         backend: str = "torch",
         cache_folder: str | os.PathLike[str] | None = None,
         revision: str | None = None,
@@ -279,6 +373,7 @@ class Reranker(LocalModel[Pair], PairScorer):
         token: str | None = None,
     ) -> None:
         PairScorer.__init__(self, normalize=normalize)
+        self._long_passages = check_long_passages(long_passages)
         LocalModel.__init__(
             self,
             kind="reranker",
@@ -301,8 +396,53 @@ class Reranker(LocalModel[Pair], PairScorer):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
-        parts = (self._content(), self._normalize, self.max_length, self.dtype)
+        parts = (
+            self._content(),
+            self._normalize,
+            self.max_length,
+            self.dtype,
+            *(["window"] if self._long_passages == "window" else []),
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _scored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
+        if self._long_passages == "truncate" or not pairs:
+            return super()._scored(pairs)
+        self._check_open()
+        call = self._call(pairs)
+        self._fill(call, lane="query")
+        return self._checked(call.stacked()), _spans(call)
+
+    async def _ascored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
+        if self._long_passages == "truncate" or not pairs:
+            return await super()._ascored(pairs)
+        self._check_open()
+        small = is_small(pairs)
+        call = await off_loop(self._call, pairs, inline=small)
+        await self._afill(call, lane="query")
+        return self._checked(await off_loop(call.stacked, inline=small)), _spans(call)
+
+    def _call(self, items: Sequence[Pair], encode: Encode[Pair] | None = None) -> Call[Pair]:
+        if self._long_passages == "window":
+            return BestWindow(items, cut=self._cut)
+        return super()._call(items, encode)
+
+    def _cut(
+        self, tokenizer: Tokenizer, items: Sequence[Pair]
+    ) -> tuple[list[list[Window]], list[bool]]:
+        queries, passages = zip(*items, strict=True)
+        found = self.checkpoint
+        lead = ""
+        if (prompt := found.pair_prompt) is None:
+            rooms = tokenizer.pair_rooms(queries, max_length=self.max_length)
+        else:
+            lead = prompt.passage
+            rooms = tokenizer.prompted_rooms(
+                queries, prompt, max_length=self.max_length, most=found.max_length
+            )
+        texts = [lead + passage for passage in passages] if lead else passages
+        windows = cut_windows(tokenizer, rooms, texts, lead=len(lead))
+        return windows, [room.cut for room in rooms]
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[Pair]
@@ -365,6 +505,10 @@ def rank_scores(
     if score_threshold is not None:
         ranked = [(index, score) for index, score in ranked if score >= score_threshold]
     return ranked[:top_n]
+
+
+def _spans(call: Call[Pair]) -> list[Span] | None:
+    return [call.spans[place] for place in call.places] if isinstance(call, BestWindow) else None
 
 
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:

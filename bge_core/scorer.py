@@ -13,8 +13,8 @@ from bge_core.local_model import off_loop
 from bge_core.m3 import M3Embedder, M3Weights
 from bge_core.profiles import Profile, find_profile
 from bge_core.remote import make_reranker, not_local
-from bge_core.reranker import check_limits, rank_scores
-from bge_core.tokens import check_text, check_texts, is_few
+from bge_core.reranker import Ranked, check_limits, rank_scores
+from bge_core.tokens import check_long_passages, check_text, check_texts, is_few
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +63,28 @@ class Scorer(Protocol):
         score_threshold: float | None = None,
     ) -> list[tuple[int, float]]:
         """Rank passages without blocking the event loop; see `rank`."""
+        ...
+
+    def rank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages, and say what of each the score is of; see `Reranker.rank_spans`."""
+        ...
+
+    async def arank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages without blocking the event loop; see `rank_spans`."""
         ...
 
     def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
@@ -201,6 +223,30 @@ class M3Reranker:
         scores = await self.ascore(query, passages)
         return rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
 
+    def rank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages as `rank` does; a score is of what was read, so no span is given."""
+        ranked = self.rank(query, passages, top_n=top_n, score_threshold=score_threshold)
+        return [Ranked(index, score) for index, score in ranked]
+
+    async def arank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages without blocking the event loop; see `rank_spans`."""
+        ranked = await self.arank(query, passages, top_n=top_n, score_threshold=score_threshold)
+        return [Ranked(index, score) for index, score in ranked]
+
     def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
         """Refuse a `top_n` or a threshold that can't be meant.
 
@@ -229,6 +275,7 @@ def make_scorer(
     max_length: int | None = None,
     batch_tokens: int | None = None,
     on_truncation: str = "warn",
+    long_passages: str = "truncate",
     backend: str = "torch",
     cache_folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -252,6 +299,8 @@ def make_scorer(
         max_length: Tokens that are read: of a pair, or of each text with bge-m3.
         batch_tokens: Tokens computed in one pass.
         on_truncation: What happens when a text is longer.
+        long_passages: `"window"` to score windows of a passage that doesn't fit; with bge-m3,
+            which reads 8,192 tokens, only `"truncate"`.
         backend: What executes the model.
         cache_folder: The hub's cache.
         revision: Branch, tag or commit on the hub.
@@ -296,9 +345,17 @@ def make_scorer(
             )
             raise ArgumentError(msg)
         not_local(None, api_key=api_key, timeout=timeout, local=shared)
+        if check_long_passages(long_passages) == "window":
+            msg = (
+                f"long_passages='window' is for rerankers, and {os.fspath(model)!r} scores whole "
+                "texts by its three outputs: leave it out, or use a reranker."
+            )
+            raise ArgumentError(msg)
         return M3Reranker(M3Embedder(model, **shared), weights=m3_weights)
     served: dict[str, Any] = {"endpoint": endpoint, "api_key": api_key, "timeout": timeout}
-    reranker = make_reranker(model, normalize=normalize, **served, **shared)
+    reranker = make_reranker(
+        model, normalize=normalize, long_passages=long_passages, **served, **shared
+    )
     if m3_weights is not None:
         msg = (
             f"m3_weights is for the three scores of bge-m3, and {os.fspath(model)!r} gives one: "

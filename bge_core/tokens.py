@@ -7,7 +7,7 @@ share it with different lengths; ids are cut here instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from bge_core.profiles import PairPrompt
 
 __all__ = [
+    "LongPassages",
     "OnTruncation",
+    "Room",
     "Tokenizer",
     "Tokens",
+    "check_long_passages",
     "check_on_truncation",
     "check_pairs",
     "check_text",
@@ -36,6 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OnTruncation = Literal["ignore", "warn", "error"]
+LongPassages = Literal["truncate", "window"]
 
 # Tokenised in about a millisecond.
 _FEW_TEXTS = 32
@@ -60,6 +64,25 @@ class Tokens:
     def __len__(self) -> int:
         """Count the tokens, special ones included."""
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What stands around a text in a sequence, and how much of the text fits.
+
+    Attributes:
+        before: Token ids in front of it: special ones, and of a pair the query.
+        after: Token ids behind it.
+        size: Tokens of the text that fit.
+        typed: Whether token type 1 begins with the text.
+        cut: Whether the query in front was cut.
+    """
+
+    before: list[int]
+    after: list[int]
+    size: int
+    typed: bool = False
+    cut: bool = False
 
 
 class Tokenizer:
@@ -119,13 +142,7 @@ class Tokenizer:
         Returns:
             A sequence a text, and of each text whether it was longer than `max_length`.
         """
-        room = max_length - self.single_extra
-        sequences, cut = [], []
-        for ids in self._ids(texts):
-            cut.append(len(ids) > room)
-            whole = [*self._prefix, *ids[:room], *self._suffix] or [self._pad]
-            sequences.append(Tokens(whole, len(whole)))
-        return sequences, cut
+        return self._cut([self.single_room(max_length)] * len(texts), texts)
 
     def encode_pairs(
         self, queries: Sequence[str], passages: Sequence[str], *, max_length: int
@@ -144,18 +161,7 @@ class Tokenizer:
         Returns:
             A sequence a pair, and of each pair whether it was longer than `max_length`.
         """
-        query_room = min(max_length * 3 // 4, max_length - self.pair_extra)
-        distinct = list(dict.fromkeys(queries))
-        query_ids = dict(zip(distinct, self._ids(distinct), strict=True))
-        sequences, cut = [], []
-        for query, ids in zip(queries, self._ids(passages), strict=True):
-            asked = query_ids[query][:query_room]
-            room = max_length - self.pair_extra - len(asked)
-            cut.append(len(ids) > room or len(query_ids[query]) > query_room)
-            first = [*self._pair_prefix, *asked, *self._middle]
-            whole = [*first, *ids[:room], *self._pair_suffix]
-            sequences.append(Tokens(whole, len(first) if self._has_types else len(whole)))
-        return sequences, cut
+        return self._cut(self.pair_rooms(queries, max_length=max_length), passages)
 
     def encode_between(
         self, texts: Sequence[str], *, before: str, after: str, max_length: int, most: int
@@ -223,23 +229,68 @@ class Tokenizer:
         Returns:
             A sequence a pair, and of each pair whether it was cut.
         """
+        rooms = self.prompted_rooms(queries, prompt, max_length=max_length, most=most)
+        return self._cut(rooms, [prompt.passage + passage for passage in passages])
+
+    def single_room(self, max_length: int) -> Room:
+        """Say what stands around a single text; see `encode`."""
+        return Room(self._prefix, self._suffix, max_length - self.single_extra)
+
+    def pair_rooms(self, queries: Sequence[str], *, max_length: int) -> list[Room]:
+        """Say what stands around the passage of each pair; see `encode_pairs`."""
+        query_room = min(max_length * 3 // 4, max_length - self.pair_extra)
+        distinct = list(dict.fromkeys(queries))
+        rooms = {}
+        for query, ids in zip(distinct, self._ids(distinct), strict=True):
+            asked = ids[:query_room]
+            rooms[query] = Room(
+                [*self._pair_prefix, *asked, *self._middle],
+                self._pair_suffix,
+                max_length - self.pair_extra - len(asked),
+                typed=self._has_types,
+                cut=len(ids) > query_room,
+            )
+        return [rooms[query] for query in queries]
+
+    def prompted_rooms(
+        self, queries: Sequence[str], prompt: PairPrompt, *, max_length: int, most: int
+    ) -> list[Room]:
+        """Say what stands around the passage of each pair; see `encode_prompted`."""
         between, question = self._ids([prompt.separator, prompt.question])
         tail = [*between, *question]
         pair_room = min(max_length + len(tail), most - len(tail))
         query_room = max_length * 3 // 4
         distinct = list(dict.fromkeys(queries))
-        asked = dict(
-            zip(distinct, self._ids([prompt.query + query for query in distinct]), strict=True)
-        )
-        sequences, cut = [], []
-        written = self._ids([prompt.passage + passage for passage in passages])
-        for query, ids in zip(queries, written, strict=True):
-            first = [*self._prefix, *asked[query][:query_room], *between]
+        written = self._ids([prompt.query + query for query in distinct])
+        rooms = {}
+        for query, ids in zip(distinct, written, strict=True):
+            first = [*self._prefix, *ids[:query_room], *between]
             room = max(min(max_length, pair_room - len(first)), 0)
-            cut.append(len(ids) > room or len(asked[query]) > query_room)
-            whole = [*first, *ids[:room], *tail]
-            sequences.append(Tokens(whole, len(whole)))
-        return sequences, cut
+            rooms[query] = Room(first, tail, room, cut=len(ids) > query_room)
+        return [rooms[query] for query in queries]
+
+    def fill(self, room: Room, ids: Sequence[int]) -> Tokens:
+        """Put a text's ids, which must fit, where they go."""
+        whole = [*room.before, *ids, *room.after] or [self._pad]
+        return Tokens(whole, len(room.before) if room.typed else len(whole))
+
+    def places(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Tokenise texts whole, without special tokens.
+
+        Args:
+            texts: Any texts.
+
+        Returns:
+            Token ids of each text, and for each token the characters [start, end) that it was
+            made of, in the text as it was given.
+        """
+        cased = self._cased(texts)
+        if is_small(cased):  # on this thread, as in `_ids`
+            encodings = [self._backend.encode(text, add_special_tokens=False) for text in cased]
+        else:
+            encodings = self._backend.encode_batch(cased, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            yield encoding.ids, self._uncased_places(text, encoding.offsets)
 
     def first_id(self, word: str) -> int:
         """Give a word's first token."""
@@ -249,14 +300,35 @@ class Tokenizer:
         """Give a token's text, as the vocabulary spells it."""
         return self._backend.id_to_token(token_id) or ""
 
+    def _cut(self, rooms: Sequence[Room], texts: Sequence[str]) -> tuple[list[Tokens], list[bool]]:
+        sequences, cut = [], []
+        for room, ids in zip(rooms, self._ids(texts), strict=True):
+            cut.append(len(ids) > room.size or room.cut)
+            sequences.append(self.fill(room, ids[: room.size]))
+        return sequences, cut
+
     def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
-        if self._lower_case:
-            texts = [text.lower() for text in texts]
+        texts = self._cased(texts)
         if is_small(texts):
             # On this thread: the tokenizer's pool may be busy with somebody's documents.
             return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
+
+    def _cased(self, texts: Sequence[str]) -> list[str]:
+        return [text.lower() for text in texts] if self._lower_case else list(texts)
+
+    def _uncased_places(self, text: str, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Lead places in the lower-cased text back to the text."""
+        if not self._lower_case or len(text.lower()) == len(text):
+            return places
+        # Some capitals become two characters, such as the Turkish I with its dot.
+        origin = [place for place, letter in enumerate(text) for _ in letter.lower()]
+        origin.append(len(text))
+        return [
+            (origin[start], origin[end - 1] + 1 if end > start else origin[start])
+            for start, end in places
+        ]
 
 
 def _around(ids: list[int], special: list[int]) -> tuple[list[int], list[int]]:
@@ -280,7 +352,7 @@ def is_few(items: object) -> bool:
     return isinstance(items, (list, tuple)) and len(items) <= _FEW_TEXTS
 
 
-def is_small(items: Sequence[str] | Sequence[tuple[str, str]]) -> bool:
+def is_small(items: Sequence[str | tuple[str, str]]) -> bool:
     """Say whether an event loop can tokenise texts or pairs itself, so little are they."""
     if not is_few(items):
         return False
@@ -298,6 +370,19 @@ def check_on_truncation(value: str) -> OnTruncation:
         if value == word:
             return word  # type: ignore[no-any-return]
     msg = f"on_truncation={value!r} is not served: use 'ignore', 'warn' or 'error'."
+    raise ArgumentError(msg)
+
+
+def check_long_passages(value: str) -> LongPassages:
+    """Refuse an unknown way with what doesn't fit.
+
+    Raises:
+        ArgumentError: `value` is neither "truncate" nor "window".
+    """
+    for word in get_args(LongPassages):
+        if value == word:
+            return word  # type: ignore[no-any-return]
+    msg = f"long_passages={value!r} is not served: use 'truncate' or 'window'."
     raise ArgumentError(msg)
 
 
