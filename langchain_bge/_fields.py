@@ -220,7 +220,12 @@ class ServedModelFields(LocalModelFields):
     timeout: float | None = Field(default=None, frozen=True)
     """Seconds to wait for one answer of the server; None for 60."""
 
+    long_passages: Literal["truncate", "window"] = Field(default="truncate", frozen=True)
+    """What happens with a document that doesn't fit: `"truncate"` reads its beginning; `"window"`
+    reads all of it in overlapping windows, whose vectors' mean is its vector, and the best of
+    whose scores is its score. Queries are cut in any case, and a server cuts as it does."""
+
     def _shared(self) -> dict[str, Any]:
         key = None if self.api_key is None else self.api_key.get_secret_value()
         served = {"endpoint": self.endpoint, "api_key": key, "timeout": self.timeout}
-        return super()._shared() | served
+        return super()._shared() | served | {"long_passages": self.long_passages}

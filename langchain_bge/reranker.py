@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import EllipsisType
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field, PrivateAttr
 
-from bge_core import InputTypeError, M3Weights, Scorer, make_scorer
+from bge_core import InputTypeError, M3Weights, Ranked, Scorer, make_scorer
 from langchain_bge._fields import ServedModelFields
 
 __all__ = ["BGEReranker", "RerankResult"]
 
 
 class RerankResult(TypedDict):
-    """One document's place in what was given, and its score."""
+    """One document's place in what was given, its score, and what of it the score is of."""
 
     index: int
     relevance_score: float
+    relevance_span: NotRequired[list[int]]
 
 
 class BGEReranker(ServedModelFields, BaseDocumentCompressor):
@@ -77,8 +78,10 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
 
         Returns:
             Copies that keep id, type and metadata and have the score, a Python float, as
-            `metadata["relevance_score"]`. The metadata dict is the copy's own; the values in it
-            are shared with the document that came in.
+            `metadata["relevance_score"]`; with `long_passages="window"` also, as
+            `metadata["relevance_span"]`, [start, end] of the characters of `page_content` that
+            the score is of. The metadata dict is the copy's own; the values in it are shared
+            with the document that came in.
 
         Raises:
             BGEError: As `bge_core.Reranker.rank` says.
@@ -111,12 +114,13 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
             top_n: How many to give, 1 or more; None for all; the field's if left out.
 
         Returns:
-            `index` into `documents` and `relevance_score`, none below `score_threshold`.
+            `index` into `documents` and `relevance_score`, none below `score_threshold`; with
+            `long_passages="window"` also `relevance_span`, see `compress_documents`.
 
         Raises:
             BGEError: As `bge_core.Reranker.rank` says.
         """
-        ranked = self._core.rank(
+        ranked = self._core.rank_spans(
             query,
             _texts(documents),
             top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
@@ -132,7 +136,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         top_n: int | EllipsisType | None = ...,
     ) -> list[RerankResult]:
         """Rank documents without blocking the event loop; see `rerank`."""
-        ranked = await self._core.arank(
+        ranked = await self._core.arank_spans(
             query,
             _texts(documents),
             top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
@@ -172,14 +176,21 @@ def _texts(documents: Sequence[str | Document]) -> list[str]:
     return [item.page_content if isinstance(item, Document) else item for item in documents]
 
 
-def _results(ranked: list[tuple[int, float]]) -> list[RerankResult]:
-    return [{"index": index, "relevance_score": score} for index, score in ranked]
+def _results(ranked: list[Ranked]) -> list[RerankResult]:
+    results = []
+    for found in ranked:
+        result = RerankResult(index=found.index, relevance_score=found.score)
+        if found.span is not None:
+            result["relevance_span"] = list(found.span)  # as JSON has it
+        results.append(result)
+    return results
 
 
 def _copies(documents: Sequence[Document], results: list[RerankResult]) -> list[Document]:
     copies = []
     for result in results:
         document = documents[result["index"]]
-        metadata = {**document.metadata, "relevance_score": result["relevance_score"]}
+        said = {name: value for name, value in result.items() if name != "index"}
+        metadata = {**document.metadata, **said}
         copies.append(document.model_copy(update={"metadata": metadata}))
     return copies

@@ -269,8 +269,17 @@ class ServedModelComponent(LocalModelComponent):
         frozen=True,
         description="Seconds to wait for one answer of the server; None for 60.",
     )
+    long_passages: Literal["truncate", "window"] = Field(
+        default="truncate",
+        frozen=True,
+        description=(
+            "What happens with a text that doesn't fit: 'truncate' reads its beginning; 'window' "
+            "reads all of it in overlapping windows, whose vectors' mean is its vector, and the "
+            "best of whose scores is its score. Queries are cut in any case."
+        ),
+    )
 
     def _shared_arguments(self) -> dict[str, Any]:
         key = None if self.api_key is None else self.api_key.get_secret_value()
         served = {"endpoint": self.endpoint, "api_key": key, "timeout": self.timeout}
-        return super()._shared_arguments() | served
+        return super()._shared_arguments() | served | {"long_passages": self.long_passages}

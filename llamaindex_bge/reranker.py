@@ -14,7 +14,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
-from bge_core import ArgumentError, InputTypeError, M3Weights, Scorer, make_scorer
+from bge_core import ArgumentError, InputTypeError, M3Weights, Ranked, Scorer, make_scorer
 from llamaindex_bge._component import ModelName, ServedModelComponent
 
 __all__ = ["BGEReranker"]
@@ -23,6 +23,7 @@ dispatcher = get_dispatcher(__name__)
 logger = logging.getLogger(__name__)
 
 _RETRIEVAL_SCORE = "retrieval_score"
+_RELEVANCE_SPAN = "relevance_span"
 
 
 def _weights(value: object) -> object:
@@ -116,7 +117,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         query = _checked(nodes, query_bundle)
         with self._event(nodes, query) as result:
             places, texts = self._texts(nodes)
-            ranked = self._core.rank(
+            ranked = self._core.rank_spans(
                 query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
             )
             result.extend(self._result(nodes, places, ranked))
@@ -129,7 +130,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         query = _checked(nodes, query_bundle)
         with self._event(nodes, query) as result:
             places, texts = self._texts(nodes)
-            ranked = await self._core.arank(
+            ranked = await self._core.arank_spans(
                 query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
             )
             result.extend(self._result(nodes, places, ranked))
@@ -178,29 +179,46 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         return places, [nodes[place].get_content(self.metadata_mode) for place in places]
 
     def _result(
-        self, nodes: Sequence[NodeWithScore], places: list[int], ranked: list[tuple[int, float]]
+        self, nodes: Sequence[NodeWithScore], places: list[int], ranked: list[Ranked]
     ) -> list[NodeWithScore]:
-        order: list[tuple[int, float | None]] = [(places[index], score) for index, score in ranked]
+        result = [self._copy(nodes[places[found.index]], found) for found in ranked]
         if self.score_threshold is None:
             scored = set(places)
-            order += [(place, None) for place in range(len(nodes)) if place not in scored]
-        return [self._copy(nodes[place], score) for place, score in order[: self.top_n]]
+            result += [
+                self._copy(node, None) for place, node in enumerate(nodes) if place not in scored
+            ]
+        return result[: self.top_n]
 
-    def _copy(self, node: NodeWithScore, score: float | None) -> NodeWithScore:
+    def _copy(self, node: NodeWithScore, found: Ranked | None) -> NodeWithScore:
         inner = node.node
-        metadata = dict(inner.metadata)
-        excluded = {
-            "excluded_embed_metadata_keys": list(inner.excluded_embed_metadata_keys),
-            "excluded_llm_metadata_keys": list(inner.excluded_llm_metadata_keys),
-        }
+        said: dict[str, object] = {}
         if self.keep_retrieval_score:
-            metadata[_RETRIEVAL_SCORE] = node.score
-            for keys in excluded.values():
-                if _RETRIEVAL_SCORE not in keys:
-                    keys.append(_RETRIEVAL_SCORE)
+            said[_RETRIEVAL_SCORE] = node.score
+        if found is not None and found.span is not None:
+            said[_RELEVANCE_SPAN] = self._in_text(node, found.span)
+        excluded = {
+            "excluded_embed_metadata_keys": _with(inner.excluded_embed_metadata_keys, said),
+            "excluded_llm_metadata_keys": _with(inner.excluded_llm_metadata_keys, said),
+        }
         # Not a deep copy: an IndexNode may hold a whole query engine.
+        metadata = {**inner.metadata, **said}
         own = {"metadata": metadata, "relationships": dict(inner.relationships), **excluded}
+        score = None if found is None else found.score
         return node.model_copy(update={"node": inner.model_copy(update=own), "score": score})
+
+    def _in_text(self, node: NodeWithScore, span: tuple[int, int]) -> list[int]:
+        """Move a span of what was scored, which may begin with metadata, to the node's text."""
+        text = node.node.get_content(metadata_mode=MetadataMode.NONE)
+        bare = text.strip()  # as the host strips it where metadata stands beside it
+        place = node.get_content(self.metadata_mode).rfind(bare)
+        if place < 0:  # a node of another kind, which writes its text in its own way
+            return [0, len(text)]
+        moved = text.find(bare) - place
+        return [min(max(end + moved, 0), len(text)) for end in span]
+
+
+def _with(keys: Sequence[str], said: Mapping[str, object]) -> list[str]:
+    return [*keys, *(key for key in said if key not in keys)]
 
 
 def _checked(nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> QueryBundle:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from langchain_core.documents import BaseDocumentCompressor, Document
 
-from bge_core import ArgumentError, CheckpointError, ClosedError, InputTypeError
-from langchain_bge import BGEReranker
+from bge_core import ArgumentError, CheckpointError, ClosedError, Embedder, InputTypeError, Reranker
+from langchain_bge import BGECrossEncoder, BGEEmbeddings, BGEReranker
 
 QUERY = "what is the capital of France?"
 TEXTS = [
@@ -266,3 +266,73 @@ class TestConfiguration:
         score = reranker.rerank(TEXTS, QUERY, top_n=1)[0]["relevance_score"]
         assert score == pytest.approx(1 / (1 + np.exp(-best["relevance_score"])), abs=1e-6)
         assert raw.fingerprint != reranker.fingerprint
+
+
+LONG = " ".join(
+    f"Room {number} is {number} steps away from the capital of France." for number in range(12)
+)
+
+
+class TestLongPassages:
+    async def test_the_best_window_s_characters_are_in_the_metadata(
+        self, call, documents, bert_reranker_folder
+    ):
+        given = [*documents, Document(id="long", page_content=LONG, metadata={"source": "long.md"})]
+        options = {"model": bert_reranker_folder, "top_n": None, "max_length": 32}
+        with (
+            BGEReranker(long_passages="window", **options) as reranker,
+            Reranker(bert_reranker_folder, max_length=32, long_passages="window") as core,
+        ):
+            expected = core.rank_spans(QUERY, [document.page_content for document in given])
+            kept = await call(reranker, "compress_documents", given, QUERY)
+            results = await call(reranker, "rerank", given, QUERY)
+        assert [
+            (result["index"], result["relevance_score"], tuple(result["relevance_span"]))
+            for result in json.loads(json.dumps(results))
+        ] == [(found.index, pytest.approx(found.score), found.span) for found in expected]
+        spans = {document.id: document.metadata["relevance_span"] for document in kept}
+        assert spans["0"] == [0, len(TEXTS[0])]
+        assert spans["2"] == [0, 0]
+        start, end = spans["long"]
+        assert 0 < end - start < len(LONG)
+        assert given[-1].metadata == {"source": "long.md"}
+
+    async def test_nothing_is_said_of_places_without_windows(
+        self, call, documents, bert_reranker_folder
+    ):
+        reranker = BGEReranker(model=bert_reranker_folder, max_length=32, on_truncation="ignore")
+        for document in await call(reranker, "compress_documents", documents, QUERY):
+            assert "relevance_span" not in document.metadata
+        (result, *_) = await call(reranker, "rerank", documents, QUERY)
+        assert result.keys() == {"index", "relevance_score"}
+
+    def test_a_cross_encoder_and_embeddings_have_the_core_s_numbers(
+        self, bert_reranker_folder, en_folder
+    ):
+        options = {"max_length": 32, "long_passages": "window"}
+        with (
+            BGECrossEncoder(model=bert_reranker_folder, **options) as encoder,
+            Reranker(bert_reranker_folder, **options) as core,
+        ):
+            scores = encoder.score([(QUERY, LONG)])
+            np.testing.assert_allclose(scores, core.score(QUERY, [LONG]), atol=1e-6)
+        with (
+            BGEEmbeddings(model=en_folder, **options) as ours,
+            Embedder(en_folder, **options) as own,
+        ):
+            np.testing.assert_allclose(
+                ours.embed_documents([LONG]), own.embed_documents([LONG]), atol=1e-6
+            )
+            assert ours.fingerprint == own.fingerprint
+
+    def test_what_can_t_be_is_refused(self, bert_reranker_folder, m3_folder):
+        with pytest.raises(ArgumentError, match="long_passages"):
+            BGEReranker(model=bert_reranker_folder, long_passages="windows")
+        with pytest.raises(ArgumentError, match="long_passages='window' is for rerankers"):
+            BGEReranker(model=m3_folder, long_passages="window")
+        with pytest.raises(ArgumentError, match="long_passages can't be set with endpoint"):
+            BGEReranker(
+                model="BAAI/bge-reranker-base",
+                endpoint="http://localhost:1",
+                long_passages="window",
+            )

@@ -24,11 +24,12 @@ from bge_core import (
     ArgumentError,
     CheckpointError,
     ClosedError,
+    Embedder,
     InputTypeError,
     Reranker,
     TruncationError,
 )
-from llamaindex_bge import BGEReranker
+from llamaindex_bge import BGEEmbedding, BGEReranker
 
 QUERY = "what is the capital of France?"
 TEXTS = ["A cat sat on the mat.", "Paris is the capital of France.", "大熊猫是中国特有的。"]
@@ -235,3 +236,78 @@ def test_closed(reranker_folder: Path):
     with pytest.raises(ClosedError):
         model.postprocess_nodes(nodes_of("a"), query_str="b")
     assert len(model.fingerprint) == 16
+
+
+LONG = " ".join(
+    f"Room {number} is {number} steps away from the capital of France." for number in range(12)
+)
+
+
+@pytest.mark.parametrize("mode", [MetadataMode.EMBED, MetadataMode.NONE])
+async def test_the_best_window_s_characters_are_those_of_the_node_s_text(
+    bert_reranker_folder: Path, call: Any, mode: MetadataMode
+):
+    texts = [f"  \n{LONG} ", "Paris is in France.", LONG]
+    given = [
+        NodeWithScore(node=TextNode(id_=str(index), text=text, metadata={"title": "Of Rome"}))
+        for index, text in enumerate(texts)
+    ]
+    options = {"max_length": 32, "long_passages": "window"}
+    model = BGEReranker(
+        model=bert_reranker_folder,
+        top_n=None,
+        metadata_mode=mode,
+        keep_retrieval_score=True,
+        **options,
+    )
+    contents = [node.get_content(mode) for node in given]
+    expected = Reranker(bert_reranker_folder, **options).rank_spans(QUERY, contents)
+    result = await call(model, "postprocess_nodes", given, query_str=QUERY)
+    assert [int(node.node_id) for node in result] == [found.index for found in expected]
+    for node, found in zip(result, expected, strict=True):
+        text = texts[found.index]
+        start, end = node.node.metadata["relevance_span"]
+        read = contents[found.index][slice(*found.span)]
+        quote = text[start:end].strip()
+        assert 0 <= start < end <= len(text)
+        assert quote == (text.strip() if len(text) < 30 else read.rpartition("\n\n")[2].strip())
+        for keys in (
+            node.node.excluded_embed_metadata_keys,
+            node.node.excluded_llm_metadata_keys,
+        ):
+            assert {"relevance_span", "retrieval_score"} <= set(keys)
+        assert node.get_content(MetadataMode.EMBED) == given[found.index].get_content(
+            MetadataMode.EMBED
+        )
+    assert all(node.node.metadata == {"title": "Of Rome"} for node in given)
+    # What was reranked can be reranked.
+    again = await call(model, "postprocess_nodes", result, query_str=QUERY)
+    assert [node.score for node in again] == pytest.approx([node.score for node in result])
+
+
+async def test_without_windows_or_a_score_nothing_is_said_of_places(
+    bert_reranker_folder: Path, call: Any
+):
+    image = NodeWithScore(node=ImageNode(image_path="cat.png"))
+    model = BGEReranker(model=bert_reranker_folder, top_n=None, long_passages="window")
+    result = await call(model, "postprocess_nodes", [image, *nodes_of("a")], query_str=QUERY)
+    assert ["relevance_span" in node.node.metadata for node in result] == [True, False]
+    plain = BGEReranker(model=bert_reranker_folder, top_n=None)
+    for node in await call(plain, "postprocess_nodes", nodes_of(*TEXTS), query_str=QUERY):
+        assert "relevance_span" not in node.node.metadata
+
+
+def test_embeddings_have_the_core_s_vectors(en_folder: Path):
+    options = {"max_length": 32, "long_passages": "window"}
+    model = BGEEmbedding(model_name=en_folder, **options)
+    with Embedder(en_folder, **options) as core:
+        np.testing.assert_allclose(
+            model.get_text_embedding_batch([LONG]), core.embed_documents([LONG]), atol=1e-6
+        )
+        np.testing.assert_allclose(
+            model.get_query_embedding(LONG), core.embed_queries([LONG])[0], atol=1e-6
+        )
+        assert (
+            model.fingerprint == core.fingerprint != BGEEmbedding(model_name=en_folder).fingerprint
+        )
+    assert BGEEmbedding.from_dict(model.to_dict()).long_passages == "window"
