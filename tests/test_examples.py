@@ -266,3 +266,18 @@ def test_embedded_shards_are_loaded_and_searched(tmp_path, stand_in_folder):
         embedder.embed_queries(["Where is Paris?"]) @ embedder.embed_documents([passage["text"]]).T
     )
     assert score == pytest.approx(float(dot[0, 0]), abs=1e-5)
+
+
+def test_long_passages_end_with_what_is_asked_for():
+    import corpora
+    from long_passages import asked, long_passages
+
+    passages = long_passages(words=2000)
+    texts = {text.name: text.text.split() for text in corpora.python_reference().texts}
+    for name, passage in passages.items():
+        words = passage.split()
+        assert len(words) == 2000
+        assert words[-len(texts[name]) :] == texts[name]
+    questions = asked(passages)
+    assert len(questions.texts) > 30
+    assert all(names.keys() <= passages.keys() for names in questions.relevant.values())
