@@ -548,8 +548,9 @@ def main() -> None:
                         bulk(
                             folder,
                             shape,
-                            count=count // 3 if large else count,
-                            repeats=2 if large else rounds,
+                            count=count // 9 if large else count,
+                            # Seven contenders at half a minute each.
+                            repeats=max(2, rounds // 2),
                         )
                     )
             elif letter == "b":
