@@ -1,7 +1,8 @@
 """Mixed load for as long as you like: does anything leak, stall, or fail that should not?
 
 Queries from threads and from an event loop, documents, reranking, models opened and closed, wrong
-input, cancelled and late calls, all at once on a real model. `make soak` runs it for 30 minutes;
+input, cancelled and late calls, all at once on a real model. Each minute the load rests for a
+moment, so that memory is measured with nothing in flight. `make soak` runs it for 30 minutes;
 ARGS="--minutes 3 --warm-up 1" is a short look. It ends with exit code 1 if there was an error that
 nobody asked for, or if resident memory grew by more than 2 % after the warm-up.
 """
@@ -53,17 +54,21 @@ class Watch:
     Attributes:
         calls: How many calls of each kind were answered as they should be.
         errors: What failed that should not, and how often.
-        floors: The least resident memory of each minute, MiB: what is left when all is closed.
+        at_rest: Resident memory after each minute, MiB, with nothing in flight.
+        peak: The most that was resident at any time, MiB.
         stall: The longest time that the event loop did not come round, in seconds.
     """
 
     begun: float = field(default_factory=time.monotonic)
     calls: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
-    floors: list[float] = field(default_factory=list)
+    at_rest: list[float] = field(default_factory=list)
+    peak: float = 0.0
     stall: float = 0.0
     over: threading.Event = field(default_factory=threading.Event)
+    going: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    working: int = 0
 
     def count(self, kind: str, error: BaseException | None = None) -> None:
         """Note a call, or what it failed with."""
@@ -73,22 +78,46 @@ class Watch:
             else:
                 self.errors[f"{kind}: {type(error).__name__}: {error!s:.80}"] += 1
 
+    def begin(self) -> bool:
+        """Say whether a piece of work may begin now."""
+        with self.lock:
+            if not self.going.is_set():
+                return False
+            self.working += 1
+            return True
+
+    def end(self) -> None:
+        """Say that a piece of work is done."""
+        with self.lock:
+            self.working -= 1
+
     def measure(self) -> None:
-        """Note the memory of now in its minute."""
-        minute = int((time.monotonic() - self.begun) // 60)
-        now = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
-        if minute == len(self.floors):
-            self.floors.append(now)
-        self.floors[minute] = min(self.floors[minute], now)
+        """Note the memory of now, and each minute that of a process at rest."""
+        self.peak = max(self.peak, resident())
+        if self.seconds() < 60 * (len(self.at_rest) + 1):
+            return
+        with self.lock:
+            self.going.clear()
+        while self.working:
+            time.sleep(0.05)
+        # Workers of models that were closed leave by themselves.
+        time.sleep(1)
+        self.at_rest.append(resident())
+        self.going.set()
 
     def growth(self, warm_up: int) -> float:
-        """Give how far memory has grown since the first minute after the warm-up."""
-        counted = self.floors[warm_up:]
+        """Give how far memory has grown since the end of the warm-up."""
+        counted = self.at_rest[warm_up - 1 :]
         return max(counted) / counted[0] - 1 if counted else 0.0
 
     def seconds(self) -> float:
         """Give how long it has been going."""
         return time.monotonic() - self.begun
+
+
+def resident() -> float:
+    """Give the memory that this process has in the machine's, MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
 
 
 class Load:
@@ -224,12 +253,17 @@ class Load:
     def _repeat(self, kind: str, work: Callable[[random.Random], None], seed: int) -> None:
         rnd = random.Random(seed)
         while not self.watch.over.is_set():
+            if not self.watch.begin():
+                time.sleep(0.05)
+                continue
             try:
                 work(rnd)
             except Exception as exc:  # noqa: BLE001 -- what fails is what is looked for
                 self.watch.count(kind, exc)
             else:
                 self.watch.count(kind)
+            finally:
+                self.watch.end()
 
     async def _loop(self) -> None:
         works = [
@@ -247,13 +281,17 @@ class Load:
     ) -> None:
         rnd = random.Random(seed)
         while not self.watch.over.is_set():
+            await asyncio.sleep(0.01)
+            if not self.watch.begin():
+                continue
             try:
                 await work(rnd)
             except Exception as exc:  # noqa: BLE001 -- what fails is what is looked for
                 self.watch.count(kind, exc)
             else:
                 self.watch.count(kind)
-            await asyncio.sleep(0.01)
+            finally:
+                self.watch.end()
 
     async def _tick(self) -> None:
         last = time.perf_counter()
@@ -274,8 +312,8 @@ def table(watch: Watch, warm_up: int) -> Table:
     made.add_section()
     made.add_row("unexpected errors", str(watch.errors.total()))
     made.add_row("longest gap of the event loop", f"{watch.stall * 1000:,.0f} ms")
-    shown = [f"{floor:,.0f}" for floor in watch.floors]
-    made.add_row("resident memory by minute, MiB", " ".join(shown[-12:]))
+    shown = [f"{rest:,.0f}" for rest in watch.at_rest]
+    made.add_row("resident memory at rest by minute, MiB", " ".join(shown[-12:]))
     made.add_row(f"growth after minute {warm_up}", f"{watch.growth(warm_up):+.2%}")
     return made
 
@@ -284,7 +322,7 @@ def markdown(watch: Watch, warm_up: int) -> str:
     """Give the figures for docs/reliability.md."""
     cores = len(os.sched_getaffinity(0))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    floors = ", ".join(f"{floor:,.0f}" for floor in watch.floors)
+    rests = ", ".join(f"{rest:,.0f}" for rest in watch.at_rest)
     lines = [
         f"{watch.seconds() / 60:.0f} minutes on {cores} cores, {platform.system()}, {versions}:",
         "",
@@ -295,7 +333,7 @@ def markdown(watch: Watch, warm_up: int) -> str:
         f"| longest gap of the event loop | {watch.stall * 1000:,.0f} ms |",
         f"| growth of resident memory after minute {warm_up} | {watch.growth(warm_up):+.2%} |",
         "",
-        f"Least resident memory of each minute, MiB: {floors}.",
+        f"Resident memory at rest by minute, MiB: {rests}; at most, under load: {watch.peak:,.0f}.",
     ]
     return "\n".join(lines)
 
@@ -316,6 +354,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         watch.begun = time.monotonic()
+        watch.going.set()
         work = threading.Thread(target=load.run, args=(options.minutes * 60,))
         work.start()
         try:
@@ -326,6 +365,7 @@ def main() -> None:
                     work.join(0.2)
         finally:
             watch.over.set()
+            watch.going.set()
             work.join()
     for error, count in watch.errors.most_common(20):
         console.print(f"{count} x {error}", style="red", markup=False)
