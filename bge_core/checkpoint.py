@@ -232,6 +232,7 @@ def locate(source: Source) -> Path:
     if source.is_local:
         return Path(source.model)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: tuple[str, ...], *, local: bool) -> Path:
@@ -255,6 +256,8 @@ def locate(source: Source) -> Path:
         where = f"cache_folder={source.cache_folder!r}" if source.cache_folder else "the hub cache"
         if source.local_files_only:
             why = f"it is not in {where}, and local_files_only=True forbids a download"
+        elif HF_HUB_OFFLINE:
+            why = f"it is not in {where}, and HF_HUB_OFFLINE=1 forbids a download"
         else:
             why = f"it is not in {where}, and the hub gave none ({_first_line(exc)})"
         if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
@@ -409,6 +412,8 @@ def check_profile(profile: Profile | None, kind: Kind, name: str) -> None:
             if profile.kind == "reranker"
             else "an embedding class (BGEEmbeddings, BGEEmbedding)"
         )
+        if "multi_vector" in profile.outputs:
+            use += ", or to BGEReranker (bge_core.make_scorer), which scores with it"
         article = "a reranker" if profile.kind == "reranker" else "an embedding model"
         msg = f"{name!r} is {article}: give it to {use}."
         raise CheckpointError(msg)
@@ -765,4 +770,5 @@ def _json(path: Path) -> Any:
 
 
 def _first_line(exc: BaseException) -> str:
-    return next(iter(str(exc).strip().splitlines()), type(exc).__name__)[:200]
+    line = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+    return line if len(line) <= 200 else f"{line[:200]}..."

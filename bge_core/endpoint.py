@@ -250,6 +250,9 @@ def _checked_url(url: object) -> str:
             f"logs: {example}, and the token as api_key='...'."
         )
         raise ArgumentError(msg)
+    if (path := parts.path.rstrip("/").rpartition("/")[2]) in ("embeddings", "rerank"):
+        msg = f"endpoint ends with /{path}, which is put behind it here: leave that out."
+        raise ArgumentError(msg)
     return url.rstrip("/")
 
 

@@ -14,7 +14,7 @@ BGEError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -100,6 +100,22 @@ def known_arguments(
         msg = f"{owner} has no argument {name!r}: {hint}"
         raise ArgumentError(msg)
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def refuse_positional(owner: str, given: Sequence[object], *, first: str) -> None:
+    """Refuse what was given without a name, as the hosts' classes do, in a sentence.
+
+    Args:
+        owner: The class's name.
+        given: What was given.
+        first: The argument that was most likely meant.
+
+    Raises:
+        InputTypeError: Something was given.
+    """
+    if given:
+        msg = f"{owner} takes keywords only: write {owner}({first}={given[0]!r:.60}, ...)."
+        raise InputTypeError(msg)
 
 
 def refused_arguments(owner: str, report: Iterable[Mapping[str, Any]]) -> ArgumentError:

@@ -96,7 +96,7 @@ class Placement:
         for name in self.devices:
             _check_device(name)
         devices = tuple(_one_name(name) for name in self.devices or (_best_device(),))
-        on_cpu = [name for name in self.devices if name.split(":")[0] == "cpu"]
+        on_cpu = [name for name in devices if name.split(":")[0] == "cpu"]
         if self.dtype == "auto":
             on_cuda = all(name.startswith("cuda") for name in devices)
             return devices, half if on_cuda else "float32"
@@ -140,7 +140,7 @@ def _device_names(device: object) -> tuple[str, ...]:
         msg = "device is an empty list: name at least one device, or None for the best one."
         raise ArgumentError(msg)
     for name in names:
-        if not _DEVICE.fullmatch(name):
+        if not _DEVICE.fullmatch(name) or name.partition(":")[0] == "gpu":
             msg = f"device={name!r} is no device name: write 'cpu', 'cuda', 'cuda:1' or 'mps'."
             raise ArgumentError(msg)
     return names

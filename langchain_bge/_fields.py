@@ -21,7 +21,12 @@ from pydantic import (
 
 from bge_core import ArgumentError, M3Embedder, Scorer
 from bge_core.embedder import DenseEmbedder
-from bge_core.errors import fixed_argument, known_arguments, refused_arguments
+from bge_core.errors import (
+    fixed_argument,
+    known_arguments,
+    refuse_positional,
+    refused_arguments,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -110,10 +115,11 @@ class LocalModelFields(BaseModel):
 
     if not TYPE_CHECKING:  # type checkers know the arguments from the fields
 
-        def __init__(self, **arguments: Any) -> None:
+        def __init__(self, *given: Any, **arguments: Any) -> None:
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
             known, owner = {*type(self).model_fields, "model_name"}, type(self).__name__
+            refuse_positional(owner, given, first="model")
             arguments = known_arguments(owner, arguments, known=known, moved=self._moved)
             try:
                 super().__init__(**self._first_class(arguments))

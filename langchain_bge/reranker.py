@@ -47,7 +47,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         [{'index': 1, 'relevance_score': 0.9979}]
     """
 
-    top_n: int | None = Field(default=3, ge=1)
+    top_n: int | None = Field(default=3, ge=1, strict=True)
     """How many documents to keep, 1 or more; None for all."""
 
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)

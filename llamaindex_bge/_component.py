@@ -21,7 +21,12 @@ from llama_index.core.schema import BaseComponent
 
 from bge_core import M3Embedder, Scorer
 from bge_core.embedder import DenseEmbedder
-from bge_core.errors import fixed_argument, known_arguments, refused_arguments
+from bge_core.errors import (
+    fixed_argument,
+    known_arguments,
+    refuse_positional,
+    refused_arguments,
+)
 
 __all__ = ["LocalModelComponent", "ModelName", "ServedModelComponent"]
 
@@ -146,9 +151,11 @@ class LocalModelComponent(BaseComponent):
     # Type checkers make the constructor's signature of the fields.
     if not TYPE_CHECKING:
 
-        def __init__(self, **arguments: Any) -> None:
+        def __init__(self, *given: Any, **arguments: Any) -> None:
             """Check the arguments and the model that they describe; loads no weights."""
             known, owner = type(self).model_fields, type(self).__name__
+            name = "model_name" if "model_name" in known else "model"
+            refuse_positional(owner, given, first=name)
             arguments = known_arguments(owner, arguments, known=known, moved=_MOVED)
             try:
                 super().__init__(**arguments)

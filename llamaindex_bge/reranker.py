@@ -109,6 +109,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
                 normalize=self.normalize,
                 **self._shared_arguments(),
             )
+            self._reranker.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
         return self._reranker
 
     def _postprocess_nodes(

@@ -56,8 +56,9 @@ def test_accepted_words_for_a_dtype(word, name):
 
 
 @pytest.mark.parametrize("word", ["float16", "fp16", torch.float16])
-@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), ["cpu", "cpu:0"]])
-def test_float16_on_any_spelling_of_a_cpu_runs_float32(word, device):
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), ["cpu", "cpu:0"], None])
+def test_float16_on_any_spelling_of_a_cpu_runs_float32(word, device, monkeypatch):
+    monkeypatch.setattr("bge_core.placement._best_device", lambda: "cpu")
     assert resolved(device=device, dtype=word)[1] == "float32"
 
 

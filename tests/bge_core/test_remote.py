@@ -527,6 +527,7 @@ def test_the_token_goes_to_the_server_and_nowhere_else(server, caplog):
         ({"endpoint": "http://host:99999"}, ArgumentError, "no address"),
         ({"endpoint": "http://ho st"}, ArgumentError, "no address"),
         ({"endpoint": f"http://user:{SECRET}@host"}, ArgumentError, "a password"),
+        ({"endpoint": "http://host/v1/embeddings/"}, ArgumentError, "ends with /embeddings"),
         ({"endpoint": f"http://{SECRET}@host"}, ArgumentError, "a password"),
         ({"endpoint": f"http://host?key={SECRET}"}, ArgumentError, "a query"),
         ({"endpoint": f"http://host/#{SECRET}"}, ArgumentError, "a fragment"),

@@ -235,7 +235,7 @@ class TestRefusals:
             BGEEmbeddings()
 
     def test_positional(self, en_folder):
-        with pytest.raises(TypeError):
+        with pytest.raises(InputTypeError, match=r"write BGEEmbeddings\(model="):
             BGEEmbeddings(str(en_folder))
 
     @pytest.mark.parametrize(

@@ -190,6 +190,7 @@ async def test_wrong_calls_are_sentences(reranker_folder: Path, call: Any):
         ({"top_n": 2.5}, "top_n: input should be a valid integer"),
         ({"top_n": True}, "top_n: input should be a valid integer"),
         ({"score_threshold": float("nan")}, "score_threshold: input should be a finite number"),
+        ({"score_threshold": 5.0}, "score_threshold=5.0"),
         ({"metadata_mode": "some"}, "metadata_mode: input should be 'all', 'embed', 'llm'"),
         ({"max_length": 513}, "max_length=513 is more than the 512"),
     ],
@@ -199,6 +200,11 @@ def test_refusals_are_sentences(reranker_folder: Path, arguments: dict[str, Any]
         BGEReranker(model=reranker_folder, **arguments)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_its_name_is_refused(reranker_folder: Path):
+    with pytest.raises(InputTypeError, match=r"keywords only: write BGEReranker\(model="):
+        BGEReranker(reranker_folder)
 
 
 def test_wrong_models_are_refused(en_folder: Path, two_label_folder: Path):
