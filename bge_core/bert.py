@@ -8,6 +8,7 @@ is missing or of another shape) is left to transformers, whose errors are also t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bge_core.checkpoint import Checkpoint, Kind, weight_files
+from bge_core.checkpoint import Checkpoint, Kind, no_room, weight_files
 from bge_core.packing import Pack, attend, attend_first
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["FAMILIES", "Bert", "load_bert"]
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
 """The families, by `model_type`, that share this architecture."""
@@ -149,6 +152,9 @@ def load_bert(
 
     Returns:
         The encoder, in evaluation mode; None for one that transformers had better load.
+
+    Raises:
+        ComputationError: It doesn't fit on the device.
     """
     config = json.loads((checkpoint.body / "config.json").read_text(encoding="utf-8"))
     shape = _shape(config) if checkpoint.family in FAMILIES else None
@@ -163,7 +169,10 @@ def load_bert(
             {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items()},
             assign=True,
         )
-    except Exception:  # noqa: BLE001 -- transformers reads it again, and says what is wrong with it
+    except torch.OutOfMemoryError as exc:
+        raise no_room(checkpoint.name, device) from exc
+    except Exception as exc:  # noqa: BLE001 -- transformers reads it again, and says what is wrong
+        logger.debug("%r is left to transformers: %s", checkpoint.name, exc)
         return None
     return model.eval().requires_grad_(requires_grad=False)
 
@@ -230,7 +239,8 @@ def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[
         modules["head.2"] = ("classifier" if of_bert else "classifier.out_proj",)
     for ours, theirs in modules.items():
         for end in ("weight", "bias"):
-            renamed[f"{ours}.{end}"] = torch.cat([weights[f"{name}.{end}"] for name in theirs])
+            parts = [weights[f"{name}.{end}"] for name in theirs]
+            renamed[f"{ours}.{end}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return renamed
 
 

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from bge_core.errors import CheckpointError, InputTypeError
+from bge_core.errors import CheckpointError, ComputationError, InputTypeError, check_secret
 from bge_core.profiles import PROFILES, Output, PairPrompt, Profile, find_profile
 from bge_core.tokens import Tokenizer
 
@@ -41,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "no_head",
+    "no_room",
     "read",
     "weight_files",
     "without_bars",
@@ -127,6 +129,8 @@ class Source:
         elif "/" not in name and (profile := find_profile(name)):
             msg = f"model={name!r} is no folder here and no hub id: did you mean {profile.id!r}?"
             raise CheckpointError(msg)
+        if token is not None:
+            token = check_secret("token", token)
         return cls(
             model=name,
             revision=revision,
@@ -231,9 +235,10 @@ def locate(source: Source) -> Path:
     """
     if source.is_local:
         return Path(source.model)
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     def fetch(patterns: tuple[str, ...], *, local: bool) -> Path:
         return Path(
@@ -252,7 +257,7 @@ def locate(source: Source) -> Path:
         if not weight_files(folder):
             # Older checkpoints, bge-m3 among them, have no safetensors.
             folder = fetch((*_WANTED, "*pytorch_model*.bin"), local=source.local_files_only)
-    except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as exc:
+    except (OSError, ValueError, httpx.HTTPError, HFValidationError) as exc:
         where = f"cache_folder={source.cache_folder!r}" if source.cache_folder else "the hub cache"
         if source.local_files_only:
             why = f"it is not in {where}, and local_files_only=True forbids a download"
@@ -311,8 +316,9 @@ def read(source: Source, folder: Path) -> Checkpoint:
     if profile and modules is None:
         pooling = profile.pooling
     reading = _File(body / "sentence_bert_config.json")
-    pad = config.whole("pad_token_id", 0)
     offset = family in _OFFSET_FAMILIES
+    # transformers' own defaults, where config.json has none.
+    pad = config.whole("pad_token_id", 1 if offset else 0)
     capacity = min(
         config.whole("max_position_embeddings", 512) - (pad + 1 if offset else 0),
         _File(body / "tokenizer_config.json").whole("model_max_length", 1 << 30),
@@ -566,6 +572,15 @@ def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:
     return head.eval().requires_grad_(requires_grad=False)
 
 
+def no_room(name: str, device: object) -> ComputationError:
+    """Say that a model doesn't fit on a device."""
+    msg = (
+        f"{name!r} doesn't fit into the memory of device={str(device)!r}: pass dtype='float16' or "
+        "'bfloat16', another device, or free memory there."
+    )
+    return ComputationError(msg)
+
+
 def no_head(checkpoint: Checkpoint, output: Output) -> CheckpointError:
     """Say that a checkpoint lacks the file of an output."""
     msg = (
@@ -661,7 +676,8 @@ class _File:
         # Some tokenizers write a float of 1e30 for "no limit".
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.refuse(f"{key} must be a number, it is {value!r:.60}")
-        return int(value)
+        # Python's JSON has Infinity and NaN, too.
+        return int(value) if math.isfinite(value) else default
 
     def refuse(self, why: str) -> NoReturn:
         """Say what is wrong with the file."""

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from bge_core.errors import ArgumentError, EndpointError, InputTypeError
+from bge_core.errors import ArgumentError, EndpointError, InputTypeError, check_secret
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -74,7 +74,7 @@ class Endpoint:
 
     def __init__(self, url: str, *, api_key: str | None, timeout: float | None) -> None:
         self.url = _checked_url(url)
-        self._api_key = _checked_key(api_key)
+        self._api_key = None if api_key is None else check_secret("api_key", api_key)
         self._timeout = _checked_timeout(timeout)
         self._start()
 
@@ -254,18 +254,6 @@ def _checked_url(url: object) -> str:
         msg = f"endpoint ends with /{path}, which is put behind it here: leave that out."
         raise ArgumentError(msg)
     return url.rstrip("/")
-
-
-def _checked_key(api_key: object) -> str | None:
-    if api_key is None:
-        return None
-    if not isinstance(api_key, str):
-        msg = f"api_key must be a str or None, got {type(api_key).__name__}."
-        raise InputTypeError(msg)
-    if not api_key.strip() or not (api_key.isascii() and api_key.isprintable()):
-        msg = "api_key is empty, or has characters that no HTTP header can carry: pass the token."
-        raise ArgumentError(msg)
-    return api_key.strip()
 
 
 def _checked_timeout(timeout: object) -> float:

@@ -34,7 +34,7 @@ __all__ = [
 
 
 # A wrong value of these is not shown: it may be a secret, or hold one.
-_SECRET = ("api_key", "endpoint", "token")
+_SECRET = ("api_key", "encode_kwargs", "endpoint", "model_kwargs", "token")
 
 
 class BGEError(Exception):
@@ -116,6 +116,27 @@ def refuse_positional(owner: str, given: Sequence[object], *, first: str) -> Non
     if given:
         msg = f"{owner} takes keywords only: write {owner}({first}={given[0]!r:.60}, ...)."
         raise InputTypeError(msg)
+
+
+def check_secret(name: str, secret: object) -> str:
+    """Give a token as an HTTP header carries it: one that was read from a file ends with a newline.
+
+    Args:
+        name: The argument's name.
+        secret: What was given; it is in no message.
+
+    Raises:
+        InputTypeError: It is no str.
+        ArgumentError: It is empty, or no header can carry it.
+    """
+    if not isinstance(secret, str):
+        msg = f"{name} must be a str or None, got {type(secret).__name__}."
+        raise InputTypeError(msg)
+    bare = secret.strip()
+    if not bare or not (bare.isascii() and bare.isprintable()):
+        msg = f"{name} is empty, or has characters that no HTTP header can carry: pass the token."
+        raise ArgumentError(msg)
+    return bare
 
 
 def refused_arguments(owner: str, report: Iterable[Mapping[str, Any]]) -> ArgumentError:

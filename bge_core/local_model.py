@@ -235,8 +235,11 @@ class LocalModel(ABC, Generic[Item]):
             if self._engine is None:
                 engine = self._load()
                 self._check_room(engine.tokenizer)
-                self._check_open()  # it may have been closed meanwhile
                 self._engine = engine
+                if self._closed:  # meanwhile, by somebody who found nothing to let go of
+                    self._engine = None
+                    self._check_open()
+                return engine
             return self._engine
 
     def _load(self) -> Engine:
@@ -266,6 +269,7 @@ class LocalModel(ABC, Generic[Item]):
         pooling = self._pooling or found.pooling
         trust = self._source.trust_remote_code
         tokenizer = load_tokenizer(found, trust_remote_code=trust)
+        self._check_room(tokenizer)  # before the weights
         backend = self._backend
         fast: Runner | None = None
         if backend == "openvino" or (backend == "auto" and self._auto_openvino(devices, dtype)):

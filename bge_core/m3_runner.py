@@ -78,7 +78,7 @@ class M3Runner(PackedRunner):
         self._dtype = dtype
         # What two runners' numbers have in common: the same weights in the same format.
         self._model: Hashable = (checkpoint.digest(), dtype)
-        self._layers: dict[Output, torch.nn.Linear | CheckpointError] = {}
+        self._layers: dict[Output, torch.nn.Linear] = {}
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Tokens]) -> NDArray[np.float32] | list[Any]:
@@ -166,17 +166,10 @@ class M3Runner(PackedRunner):
 
     def _layer(self, output: Output) -> torch.nn.Linear:
         # Two workers may load it at once: it is small, and either copy will do.
-        head = self._layers.get(output)
-        if head is None:
-            try:
-                head = load_head(self._checkpoint, output)
-                head.to(self._device, getattr(torch, self._dtype))
-            except CheckpointError as exc:
-                head = exc
-            self._layers[output] = head
-        if isinstance(head, CheckpointError):
-            raise head
-        return head
+        if output not in self._layers:
+            head = load_head(self._checkpoint, output)
+            self._layers[output] = head.to(self._device, getattr(torch, self._dtype))
+        return self._layers[output]
 
 
 def _memo(sequence: Tokens) -> Any:

@@ -226,7 +226,10 @@ def _varlen(query: Tensor) -> Any:
     """Give CUDA's kernel for sequences of unequal length; None where it can't run."""
     if not query.is_cuda or query.dtype == torch.float32:
         return None
-    # Flash attention, which it is, needs an Ampere card or a newer one.
+    # Flash attention, which it is, takes heads of some widths only.
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return None
+    # It needs an Ampere card or a newer one.
     if torch.cuda.get_device_capability(query.device) < (8, 0):
         return None
     return _varlen_attention()

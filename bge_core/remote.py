@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -152,6 +153,13 @@ class RemoteModel(ABC, Generic[Item]):
             check_kind(found, self._kind, pooling=None)
             self._checkpoint = found
         return self._checkpoint
+
+    def _served_name(self) -> str:
+        """Give the name that a server knows; a path on this machine is none of its business."""
+        profile = self._profile()
+        if not self._source.is_local:
+            return self.model
+        return profile.id if profile else Path(self.model).name
 
     def _profile(self) -> Profile | None:
         folder = self._folder()
@@ -335,7 +343,7 @@ class RemoteEmbedder(RemoteModel[str], DenseEmbedder):
     async def _rows(self, items: Sequence[str], progress: Progress) -> list[NDArray[np.float32]]:
         async def ask(part: slice) -> NDArray[np.float32]:
             texts = items[part]
-            body = {"model": self.model, "input": texts, "encoding_format": "float"}
+            body = {"model": self._served_name(), "input": texts, "encoding_format": "float"}
             answer = await self._endpoint.post(_EMBEDDINGS, body)
             vectors = self._vectors_of(answer, len(texts))
             if progress is not None:
@@ -352,12 +360,12 @@ class RemoteEmbedder(RemoteModel[str], DenseEmbedder):
             if not isinstance(vector, list) or not all(map(_is_number, vector)):
                 wrong = f"embedding {index} is no list of numbers but {vector!r:.60}"
                 raise self._endpoint.malformed(_EMBEDDINGS, wrong)
-            if self._width is None:
+            if self._width is None and vector:
                 self._width = len(vector)
             if not vector or len(vector) != self._width:
                 said = (
                     f"gave a vector of {len(vector)} numbers, and those of {self.model!r} have "
-                    f"{self._width}"
+                    f"{self._width or 'some'}"
                 )
                 hint = "Write the model that the server runs as model='...'."
                 raise self._endpoint.failed(_EMBEDDINGS, said, hint)
@@ -483,7 +491,7 @@ class RemoteReranker(RemoteModel[tuple[str, str]], PairScorer):
         self, query: str, passages: Mapping[str, list[str]], count: int, *, raw: bool
     ) -> tuple[str, NDArray[np.float32]]:
         body = {
-            "model": self.model,
+            "model": self._served_name(),
             "query": query,
             **passages,
             "raw_scores": raw,

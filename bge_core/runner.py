@@ -11,7 +11,14 @@ import numpy as np
 import torch
 
 from bge_core.bert import load_bert
-from bge_core.checkpoint import Checkpoint, Kind, gives_m3, load_model, without_bars
+from bge_core.checkpoint import (
+    Checkpoint,
+    Kind,
+    gives_m3,
+    load_model,
+    no_room,
+    without_bars,
+)
 from bge_core.cpu_linear import lay_out
 from bge_core.errors import CheckpointError
 from bge_core.packing import Pack
@@ -176,14 +183,18 @@ def load_runner(
         return _sentence_transformers(checkpoint, place, dtype, trust_remote_code)
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
     if bert is not None:
-        _lay_out(bert, place, dtype)
+        if place.type == "cpu" and dtype == "float32":
+            # Ours alone: other models' code may look at the weights of a layer itself.
+            lay_out(bert)
         return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.to(place)
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as exc:
+        raise no_room(checkpoint.name, device) from exc
     encoder = model if kind == "embedder" else model.base_model
     # A decoder would keep keys and values for the tokens that nobody will generate.
     encoder.config.use_cache = False
-    _lay_out(encoder, place, dtype)
     pooling = pooling if answer is None else "last"
     head: Head | None = _same if kind == "embedder" else _classifier(model, answer)
     stock = None if head is None else _stock_encoder(encoder, checkpoint, place)
@@ -303,11 +314,6 @@ def _packed(
     )
 
 
-def _lay_out(model: torch.nn.Module, device: torch.device, dtype: str) -> None:
-    if device.type == "cpu" and dtype == "float32":
-        lay_out(model)
-
-
 def _stock_encoder(model: Any, checkpoint: Checkpoint, device: torch.device) -> Encoder | None:
     """Set the packed attention where the model's own code carries it; None where it doesn't."""
     if not getattr(model, "_supports_attention_backend", False):
@@ -359,7 +365,6 @@ def _sentence_transformers(
         )
         raise CheckpointError(msg) from exc
     encoder: Any = model[0].auto_model
-    _lay_out(model, device, dtype)
     logger.debug("%r has modules of its own: it runs padded.", checkpoint.name)
     # Normalisation is the caller's to choose.
     modules = [module for module in model if type(module).__name__ != "Normalize"]

@@ -438,7 +438,7 @@ def check_pairs(pairs: object) -> list[tuple[str, str]]:
         InputTypeError: It is no list, or an item is no pair of str.
         ArgumentError: A text with a lone surrogate.
     """
-    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+    if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes, Mapping, AbstractSet)):
         msg = f"pairs must be a list of (query, passage), got {type(pairs).__name__}."
         raise InputTypeError(msg)
     checked = []

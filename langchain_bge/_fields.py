@@ -184,7 +184,10 @@ class LocalModelFields(BaseModel):
         Raises:
             ArgumentError: A value that can't be served.
         """
-        return type(self)(**{**self.model_dump(exclude_unset=True), **(update or {})})
+        changed = dict(update or {})
+        if "model_name" in changed:
+            changed["model"] = changed.pop("model_name")
+        return type(self)(**{**self.model_dump(exclude_unset=True), **changed})
 
     def __copy__(self) -> Self:
         """Make another adapter of the same configuration."""

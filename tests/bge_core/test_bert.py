@@ -100,3 +100,17 @@ def test_a_tensor_that_is_missing_is_left_to_transformers(en_folder, copy_of):
     del weights["encoder.layer.1.output.dense.bias"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert loaded(folder) is None
+
+
+def test_a_config_without_a_padding_token_has_its_family_s(m3_folder, copy_of, corpus):
+    """A config.json may leave out what is transformers' default: 1 here, and positions from 2."""
+    folder = copy_of(m3_folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("pad_token_id") == 1
+    path.write_text(json.dumps(config))
+    with Embedder(m3_folder) as expected, Embedder(folder) as embedder:
+        assert embedder.max_length == expected.max_length
+        np.testing.assert_allclose(
+            embedder.embed_documents(corpus), expected.embed_documents(corpus), atol=1e-6
+        )

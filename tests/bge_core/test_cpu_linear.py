@@ -58,6 +58,20 @@ def test_the_model_stays_as_it_is_where_that_can_t_be_had(lack, monkeypatch):
     else:
         # As a torch without them would.
         monkeypatch.setattr(CpuLinear, "__init__", lambda *_, **__: torch.ops.mkldnn.no_such_thing)
+        monkeypatch.setattr(cpu_linear, "_works", cpu_linear._works.__wrapped__)
     plain = model()
     lay_out(plain)
     assert not any(isinstance(module, CpuLinear) for module in plain.modules())
+
+
+def test_the_user_s_random_numbers_stay_theirs():
+    cpu_linear._works.cache_clear()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    lay_out(model_of_one())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def model_of_one():
+    return torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, 4, 4))

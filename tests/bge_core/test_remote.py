@@ -628,3 +628,24 @@ def test_a_fingerprint_says_what_is_known(en_folder, copy_of):
         len({of(), of(query_instruction="q: "), of(normalize=False), of("BAAI/bge-small-en")}) == 4
     )
     assert of(en_folder) == of(copy_of(en_folder)) != make_embedder(en_folder).fingerprint
+
+
+def test_an_empty_vector_is_refused_and_forgotten(server):
+    embedder = plain(server)
+    server.embed = lambda texts: np.empty((len(texts), 0))
+    with pytest.raises(EndpointError, match="a vector of 0 numbers"):
+        embedder.embed_documents(["x"])
+    server.embed = lambda texts: np.ones((len(texts), 3))
+    assert embedder.embed_documents(["x"]).shape == (1, 3)
+
+
+def test_a_server_is_told_a_folder_s_name_and_not_where_it_is(server, unknown_folder, en_folder):
+    for folder, name in ((unknown_folder, unknown_folder.name), (en_folder, EN_ID)):
+        server.asked.clear()
+        with RemoteEmbedder(folder, endpoint=server.address, query_instruction="") as embedder:
+            server.embed = lambda texts: np.ones((len(texts), embedder.dimension))
+            embedder.embed_queries(["x"])
+        assert [body["model"] for _, body in server.asked] == [name]
+
+
+EN_ID = "BAAI/bge-small-en-v1.5"

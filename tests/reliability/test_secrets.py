@@ -15,7 +15,8 @@ from llama_index.core.schema import NodeWithScore, TextNode
 
 import langchain_bge
 import llamaindex_bge
-from bge_core import BGEError, Embedder, M3Embedder, Reranker
+from bge_core import ArgumentError, BGEError, Embedder, M3Embedder, Reranker
+from bge_core.checkpoint import Source
 from tests.contract.llamaindex_suite import LegacyRecorder, recorded
 
 __all__ = ["recorded"]
@@ -119,3 +120,15 @@ async def test_events_have_no_token(call: Any, en_folder: Any, reranker_folder: 
     assert older.started
     events = [repr(event) + event.model_dump_json() for event in recorded.seen]
     assert TOKEN not in "".join(events) + repr(older.started) + repr(older.ended)
+
+
+@pytest.mark.parametrize("token", [TOKEN + "\n", f" {TOKEN}"])
+def test_a_token_that_was_read_from_a_file_is_taken_bare(token: str):
+    assert Source.of("BAAI/bge-m3", token=token).token == TOKEN
+
+
+@pytest.mark.parametrize("token", ["", "\n", f"{TOKEN}\nX: y", f"{TOKEN}é"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(token: str):
+    with pytest.raises(ArgumentError, match="token is empty, or has characters") as refused:
+        Source.of("BAAI/bge-m3", token=token)
+    assert TOKEN not in str(refused.value)
