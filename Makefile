@@ -27,7 +27,7 @@ test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real 
 	$(BIN)/python -m pytest tests/test_infinity.py $(ARGS)
 
 test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="-k words")
-	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt ARGS='$(OLD_WARNINGS) $(ARGS)'
+	PYTEST_ADDOPTS='$(OLD_WARNINGS)' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check $(CODE)
