@@ -19,7 +19,8 @@ import pytest
 from bge_core import doctor
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/evaluation.md", "docs/migration.md")
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 MODULES = (
     "bge_core.embedder",
     "bge_core.instructions",
@@ -42,12 +43,12 @@ MODULES = (
 def examples() -> list[object]:
     found = []
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            if "bge_core.ray" in match.group(1):
+            if page == README and "bge_core.ray" in match.group(1):
                 continue  # a cluster opens sockets: tests/bge_core/test_ray.py runs it elsewhere
             line = text[: match.start()].count("\n") + 2
-            found.append(pytest.param(match.group(1), id=f"{page}:{line}"))
+            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
     return found
 
 
@@ -82,7 +83,7 @@ def test_an_example_of_the_pages_runs(
 
 
 def test_the_readme_s_commands_for_a_report_run(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     commands = re.findall(r"^python -m bge_core\.doctor\b([^#\n]*)", text, re.MULTILINE)
     assert len(commands) == 2
     for command in commands:

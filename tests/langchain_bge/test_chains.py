@@ -149,7 +149,7 @@ class TestCacheBackedEmbeddings:
             key_encoder="blake2b",
         )
         (document,) = await call(cached, "embed_documents", [QUERY])
-        # If this ever fails, the README's warning can go.
+        # If this ever fails, docs/caching.md's warning can go.
         assert await call(cached, "embed_query", QUERY) == document
 
     async def test_the_fingerprint_keeps_models_apart(self, call, en_folder, zh_folder):
