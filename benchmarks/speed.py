@@ -151,7 +151,8 @@ def bulk(folder: Path, shape: shapes.Shape | None, *, count: int, repeats: int) 
         "LlamaIndex HuggingFaceEmbedding": lambda: them.llama.get_text_embedding_batch(passages),
         **{f"sentence-transformers, batch {n}": plain_at(n) for n in (4, 8, 16, 32)},
     }
-    outcome = interleave(f"(a) {count} texts, {folder.name}", contenders, repeats=repeats)
+    label = "the stand-in" if shape is None else folder.name
+    outcome = interleave(f"(a) {count} texts, {label}", contenders, repeats=repeats)
     if shape is not None:
         tokens = sum(len(ids) for ids in plain.tokenizer(passages, truncation=True)["input_ids"])
         limit = roofline(shape) * tokens
