@@ -115,11 +115,15 @@ class LocalModelFields(BaseModel):
 
     if not TYPE_CHECKING:  # type checkers know the arguments from the fields
 
-        def __init__(self, *given: Any, **arguments: Any) -> None:
+        def __new__(cls, *given: Any, **_: Any) -> Self:
+            """Refuse what was given without its name."""
+            refuse_positional(cls.__name__, given, first="model")
+            return super().__new__(cls)
+
+        def __init__(self, **arguments: Any) -> None:
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
             known, owner = {*type(self).model_fields, "model_name"}, type(self).__name__
-            refuse_positional(owner, given, first="model")
             arguments = known_arguments(owner, arguments, known=known, moved=self._moved)
             try:
                 super().__init__(**self._first_class(arguments))

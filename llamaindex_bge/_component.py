@@ -151,11 +151,15 @@ class LocalModelComponent(BaseComponent):
     # Type checkers make the constructor's signature of the fields.
     if not TYPE_CHECKING:
 
-        def __init__(self, *given: Any, **arguments: Any) -> None:
+        def __new__(cls, *given: Any, **_: Any) -> Self:
+            """Refuse what was given without its name."""
+            first = "model_name" if "model_name" in cls.model_fields else "model"
+            refuse_positional(cls.__name__, given, first=first)
+            return super().__new__(cls)
+
+        def __init__(self, **arguments: Any) -> None:
             """Check the arguments and the model that they describe; loads no weights."""
             known, owner = type(self).model_fields, type(self).__name__
-            name = "model_name" if "model_name" in known else "model"
-            refuse_positional(owner, given, first=name)
             arguments = known_arguments(owner, arguments, known=known, moved=_MOVED)
             try:
                 super().__init__(**arguments)

@@ -31,6 +31,7 @@ def test_public_names_are_these():
         "M3Weights",
         "MissingExtraError",
         "QueryExample",
+        "Ranked",
         "RemoteEmbedder",
         "RemoteReranker",
         "Reranker",

@@ -93,7 +93,8 @@ def test_a_long_pass_is_left_at_its_next_module(script, en_folder: Path, lane: s
         FOLDER=en_folder,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "ClosedError\n"
+    # The caller hears of it, if the machine gives a daemon thread its turn before the end.
+    assert done.stdout in ("ClosedError\n", "")
     # The pass has some thirty modules, half a second each.
     assert float(done.stderr.rpartition("took ")[2]) < 4
 
