@@ -102,6 +102,7 @@ def test_a_long_pass_is_left_at_its_next_module(script, en_folder: Path, lane: s
 def test_an_ended_thread_pool_ends_with_its_work_done(script, reranker_folder: Path):
     done = script(
         """
+        import sys
         from concurrent.futures import ThreadPoolExecutor
         from bge_core import Reranker
         reranker = Reranker(FOLDER)
@@ -109,7 +110,8 @@ def test_an_ended_thread_pool_ends_with_its_work_done(script, reranker_folder: P
         pool = ThreadPoolExecutor(4)
         for n in range(8):
             work = pool.submit(reranker.rank, "what?", [f"{n} {m} text" for m in range(300)])
-            work.add_done_callback(lambda done: print(len(done.result())))
+            # One write each: print writes the end of a line by itself, and threads mix.
+            work.add_done_callback(lambda done: sys.stdout.write(f"{len(done.result())}\\n"))
         """,
         FOLDER=reranker_folder,
     )
