@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bge_core.errors import ClosedError, ComputationError
+from bge_core.errors import ClosedError, ComputationError, closed, closed_meanwhile
 from bge_core.packing import fill
 
 if TYPE_CHECKING:
@@ -134,8 +134,7 @@ class _Workers:
     def submit(self, job: _Job, lane: Lane) -> None:
         with self.ready:
             if self.closed:
-                msg = f"The model {self.name!r} is closed: make a new one to compute with it."
-                raise ClosedError(msg)
+                raise closed(self.name)
             if not self.threads[lane]:
                 self._start(lane)
             self.waiting[lane].setdefault(job.caller, deque()).append(job)
@@ -288,9 +287,8 @@ class _Workers:
                 jobs.clear()
             self.runners = {}
             self.ready.notify_all()
-        msg = f"The model {self.name!r} was closed before this work was done."
         for job in dropped:
-            job.fail(ClosedError(msg))
+            job.fail(closed_meanwhile(self.name))
 
     def all_threads(self) -> list[threading.Thread]:
         """Give the threads of all lanes."""

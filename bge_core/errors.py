@@ -73,6 +73,18 @@ class EndpointError(BGEError, ConnectionError):
     """A server can't be reached, fails, or gives an answer that can't be used."""
 
 
+def closed(model: str) -> ClosedError:
+    """Say that a model was closed before it was asked."""
+    msg = f"The model {model!r} is closed: make a new one to compute with it."
+    return ClosedError(msg)
+
+
+def closed_meanwhile(model: str) -> ClosedError:
+    """Say that a model was closed under somebody who waited."""
+    msg = f"The model {model!r} was closed before this work was done."
+    return ClosedError(msg)
+
+
 def known_arguments(
     owner: str, arguments: Mapping[str, Any], *, known: Collection[str], moved: Mapping[str, str]
 ) -> dict[str, Any]:

@@ -7,24 +7,23 @@ import logging
 import os
 import threading
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from numbers import Integral
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from bge_core.checkpoint import Checkpoint, Kind, Source, check_kind, check_profile, locate, read
+from bge_core.closing import Closing
 from bge_core.errors import (
     ArgumentError,
     CheckpointError,
-    ClosedError,
     ComputationError,
     InputTypeError,
 )
@@ -57,16 +56,12 @@ Item = TypeVar("Item", bound=str | tuple[str, str])
 Encode = Callable[["Tokenizer", Sequence[Item]], tuple[list[Tokens], list[bool]]]
 """Items -> a sequence an item, and of each item whether it was cut."""
 
-# What `_start` makes anew in a copy or another process.
-_OF_A_PROCESS = frozenset(
-    {"_checkpoint", "_closed", "_digest", "_engine", "_flight_lock", "_in_flight", "_lock"}
-)
 # Tokenised ahead of the workers: enough to sort by length, little enough for a flat memory.
 _SLICE = 512
 _SLICES_AHEAD = 2
 
 
-class LocalModel(ABC, Generic[Item]):
+class LocalModel(Closing, Generic[Item]):
     """A checkpoint that runs on this machine.
 
     Its arguments are checked at once, and a local folder's JSON files are read; the weights load
@@ -88,6 +83,10 @@ class LocalModel(ABC, Generic[Item]):
         CheckpointError: A folder that is none, damaged, or of another kind.
         InputTypeError: A value of the wrong type.
     """
+
+    _of_a_process = frozenset(
+        {"_checkpoint", "_closed", "_digest", "_engine", "_flight_lock", "_in_flight", "_lock"}
+    )
 
     def __init__(
         self,
@@ -177,28 +176,6 @@ class LocalModel(ABC, Generic[Item]):
         for future in waiting:
             future.cancel()
 
-    def __enter__(self) -> Self:
-        """Give the model itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the model."""
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Give the configuration, without weights, locks or work in flight."""
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a configuration; the weights load at first use."""
-        self.__dict__.update(state)
-        self._start()
-
     def _check_length(self, most: int) -> None:
         if self._max_length is not None and self._max_length > most:
             msg = (
@@ -223,11 +200,6 @@ class LocalModel(ABC, Generic[Item]):
             if self._digest is None:
                 self._digest = self.checkpoint.digest()
             return self._digest
-
-    def _check_open(self) -> None:
-        if self._closed:
-            msg = f"The model {self.model!r} is closed: make a new one to compute with it."
-            raise ClosedError(msg)
 
     def _loaded(self) -> Engine:
         with self._lock:
@@ -423,7 +395,8 @@ class LocalModel(ABC, Generic[Item]):
         await off_loop(self._report, call, inline=small)
 
     async def _hand_over(self, call: Call[Item], future: Future[Rows], *, inline: bool) -> None:
-        await off_loop(call.take, await self._await(future), inline=inline)
+        rows = await self._await(future)
+        await off_loop(call.take, rows, inline=inline)
 
     def _slices(self, tokenizer: Tokenizer, call: Call[Item]) -> Iterator[list[Tokens]]:
         """Tokenise slice by slice; all at once where a text that is too long is an error."""
@@ -480,31 +453,8 @@ class LocalModel(ABC, Generic[Item]):
             future.cancel()
         return future
 
-    def _wait(self, future: Future[Rows]) -> Rows:
-        try:
-            return future.result()
-        except CancelledError as exc:
-            raise self._closed_meanwhile() from exc
-        except BaseException:
-            # Ctrl-C in the waiting thread: nobody wants the rest any more.
-            future.cancel()
-            raise
-
-    async def _await(self, future: Future[Rows]) -> Rows:
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError as exc:
-            task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
-                raise
-            raise self._closed_meanwhile() from exc
-
     def _not_finite(self, which: str) -> ComputationError:
         return not_finite(self.model, which)
-
-    def _closed_meanwhile(self) -> ClosedError:
-        msg = f"The model {self.model!r} was closed before this work was done."
-        return ClosedError(msg)
 
 
 class Call(Generic[Item]):

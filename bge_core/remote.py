@@ -6,19 +6,20 @@ import asyncio
 import hashlib
 import math
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from bge_core.checkpoint import Checkpoint, Kind, Source, check_kind, check_profile, locate, read
+from bge_core.closing import Closing
 from bge_core.embedder import DenseEmbedder, Embedder
 from bge_core.endpoint import Endpoint
-from bge_core.errors import ArgumentError, CheckpointError, ClosedError, ComputationError
+from bge_core.errors import ArgumentError, CheckpointError, ComputationError
 from bge_core.instructions import QueryExample
 from bge_core.local_model import Call, progress_bar
 from bge_core.profiles import Profile, find_profile
@@ -42,7 +43,6 @@ _BATCH_CHARACTERS = 250_000
 _EMBEDDINGS, _RERANK = "/embeddings", "/rerank"
 # Requests of one call that the server has at a time.
 _IN_FLIGHT = 4
-_OF_A_PROCESS = frozenset({"_checkpoint", "_closed", "_in_flight"})
 _DEFAULTS: Mapping[str, object] = MappingProxyType(
     {
         "backend": "torch",
@@ -55,7 +55,7 @@ _DEFAULTS: Mapping[str, object] = MappingProxyType(
 )
 
 
-class RemoteModel(ABC, Generic[Item]):
+class RemoteModel(Closing, Generic[Item]):
     """A model that a server runs.
 
     The model's name says what it is: instructions and dimension come from it, and with a folder
@@ -74,6 +74,8 @@ class RemoteModel(ABC, Generic[Item]):
         CheckpointError: A model that is none, or of another kind.
         InputTypeError: A value of the wrong type.
     """
+
+    _of_a_process = frozenset({"_checkpoint", "_closed", "_in_flight"})
 
     def __init__(
         self,
@@ -120,28 +122,6 @@ class RemoteModel(ABC, Generic[Item]):
             future.cancel()
         self._endpoint.close()
 
-    def __enter__(self) -> Self:
-        """Give the model itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Let go of the server."""
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Give the configuration, without connections or work in flight."""
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a configuration."""
-        self.__dict__.update(state)
-        self._start()
-
     @abstractmethod
     async def _rows(self, items: Sequence[Item], progress: Progress) -> list[NDArray[np.float32]]:
         """Ask the server for a row of each item."""
@@ -182,14 +162,7 @@ class RemoteModel(ABC, Generic[Item]):
             return None
         call = Call(items)
         future = self._begin(call, show_progress=show_progress)
-        try:
-            call.take(future.result())
-        except CancelledError as exc:
-            raise self._closed_meanwhile() from exc
-        except BaseException:
-            # Ctrl-C in the waiting thread: nobody wants the rest any more.
-            future.cancel()
-            raise
+        call.take(self._wait(future))
         return call.stacked()
 
     async def _acompute(
@@ -204,13 +177,7 @@ class RemoteModel(ABC, Generic[Item]):
             return None
         call = await asyncio.to_thread(Call, items)
         future = self._begin(call, show_progress=show_progress)
-        try:
-            call.take(await asyncio.wrap_future(future))
-        except asyncio.CancelledError as exc:
-            task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
-                raise
-            raise self._closed_meanwhile() from exc
+        call.take(await self._await(future))
         return await asyncio.to_thread(call.stacked)
 
     def _begin(self, call: Call[Item], *, show_progress: bool) -> Future[list[NDArray[np.float32]]]:
@@ -224,15 +191,6 @@ class RemoteModel(ABC, Generic[Item]):
         if self._closed:
             future.cancel()
         return future
-
-    def _check_open(self) -> None:
-        if self._closed:
-            msg = f"The model {self.model!r} is closed: make a new one to compute with it."
-            raise ClosedError(msg)
-
-    def _closed_meanwhile(self) -> ClosedError:
-        msg = f"The model {self.model!r} was closed before this work was done."
-        return ClosedError(msg)
 
     def _not_finite(self, which: str) -> ComputationError:
         msg = (
