@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bge_core.local_model import Encode
     from bge_core.tokens import Tokenizer, Tokens
 
-__all__ = ["PairScorer", "Ranked", "Reranker", "check_limits", "rank_scores"]
+__all__ = ["PairScorer", "Ranked", "Ranking", "Reranker", "check_limits", "rank_scores"]
 
 Pair = tuple[str, str]
 
@@ -65,7 +65,73 @@ class Ranked:
     span: Span | None = None
 
 
-class PairScorer(ABC):
+class Ranking(ABC):
+    """The two verbs that rank, made of the two that say the spans, too."""
+
+    @abstractmethod
+    def rank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages, and say what of each the score is of."""
+
+    @abstractmethod
+    async def arank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages without blocking the event loop; see `rank_spans`."""
+
+    def rank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages by their score, best first; equal scores keep the order given.
+
+        Args:
+            query: The query.
+            passages: The passages.
+            top_n: How many to give, 1 or more; None for all.
+            score_threshold: The least score to give, itself included; None for any.
+
+        Returns:
+            (index into `passages`, score) as Python numbers.
+
+        Raises:
+            ArgumentError: `top_n` is below 1, the threshold is NaN, or as `score` says.
+            InputTypeError: An argument of the wrong type.
+        """
+        ranked = self.rank_spans(query, passages, top_n=top_n, score_threshold=score_threshold)
+        return [(found.index, found.score) for found in ranked]
+
+    async def arank(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Rank passages without blocking the event loop; see `rank`."""
+        ranked = await self.arank_spans(
+            query, passages, top_n=top_n, score_threshold=score_threshold
+        )
+        return [(found.index, found.score) for found in ranked]
+
+
+class PairScorer(Ranking):
     """What is the same wherever the logits are computed: verbs, scale, limits and order.
 
     Args:
@@ -162,46 +228,6 @@ class PairScorer(ABC):
         """Score pairs without blocking the event loop; see `score_pairs`."""
         known = await off_loop(check_pairs, pairs, inline=is_few(pairs))
         return self._shown(await self._alogits(known, show_progress=show_progress))
-
-    def rank(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[tuple[int, float]]:
-        """Rank passages by their score, best first; equal scores keep the order given.
-
-        Args:
-            query: The query.
-            passages: The passages.
-            top_n: How many to give, 1 or more; None for all.
-            score_threshold: The least score to give, itself included; None for any.
-
-        Returns:
-            (index into `passages`, score) as Python numbers.
-
-        Raises:
-            ArgumentError: `top_n` is below 1, the threshold is NaN, or as `score` says.
-            InputTypeError: An argument of the wrong type.
-        """
-        ranked = self.rank_spans(query, passages, top_n=top_n, score_threshold=score_threshold)
-        return [(found.index, found.score) for found in ranked]
-
-    async def arank(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[tuple[int, float]]:
-        """Rank passages without blocking the event loop; see `rank`."""
-        ranked = await self.arank_spans(
-            query, passages, top_n=top_n, score_threshold=score_threshold
-        )
-        return [(found.index, found.score) for found in ranked]
 
     def rank_spans(
         self,

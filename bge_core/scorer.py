@@ -13,7 +13,7 @@ from bge_core.local_model import off_loop
 from bge_core.m3 import M3Embedder, M3Weights
 from bge_core.profiles import Profile, find_profile
 from bge_core.remote import make_reranker, not_local
-from bge_core.reranker import Ranked, check_limits, rank_scores
+from bge_core.reranker import Ranked, Ranking, check_limits, rank_scores
 from bge_core.tokens import check_long_passages, check_text, check_texts, is_few
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Scorer(Protocol):
         ...
 
 
-class M3Reranker:
+class M3Reranker(Ranking):
     """bge-m3 in a reranker's place: dense, sparse and multi-vector scores in one.
 
     Query and passages are encoded apart, the query once, so that a user of bge-m3 reranks with
@@ -184,45 +184,6 @@ class M3Reranker:
             pairs, weights=self._weights, show_progress=show_progress
         )
 
-    def rank(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[tuple[int, float]]:
-        """Rank passages by their score, best first; equal scores keep the order given.
-
-        Args:
-            query: The query.
-            passages: The passages.
-            top_n: How many to give, 1 or more; None for all.
-            score_threshold: The least score to give, itself included; None for any.
-
-        Returns:
-            (index into `passages`, score) as Python numbers.
-
-        Raises:
-            BGEError: As `Reranker.rank` and `M3Embedder.score` say.
-        """
-        self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        scores = self.score(query, passages)
-        return rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
-
-    async def arank(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[tuple[int, float]]:
-        """Rank passages without blocking the event loop; see `rank`."""
-        self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        scores = await self.ascore(query, passages)
-        return rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
-
     def rank_spans(
         self,
         query: str,
@@ -232,8 +193,8 @@ class M3Reranker:
         score_threshold: float | None = None,
     ) -> list[Ranked]:
         """Rank passages as `rank` does; a score is of what was read, so no span is given."""
-        ranked = self.rank(query, passages, top_n=top_n, score_threshold=score_threshold)
-        return [Ranked(index, score) for index, score in ranked]
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        return _ranked(self.score(query, passages), top_n, score_threshold)
 
     async def arank_spans(
         self,
@@ -244,8 +205,8 @@ class M3Reranker:
         score_threshold: float | None = None,
     ) -> list[Ranked]:
         """Rank passages without blocking the event loop; see `rank_spans`."""
-        ranked = await self.arank(query, passages, top_n=top_n, score_threshold=score_threshold)
-        return [Ranked(index, score) for index, score in ranked]
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        return _ranked(await self.ascore(query, passages), top_n, score_threshold)
 
     def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
         """Refuse a `top_n` or a threshold that can't be meant.
@@ -363,6 +324,13 @@ def make_scorer(
         )
         raise ArgumentError(msg)
     return reranker
+
+
+def _ranked(
+    scores: NDArray[np.float32], top_n: int | None, score_threshold: float | None
+) -> list[Ranked]:
+    ranked = rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
+    return [Ranked(index, score) for index, score in ranked]
 
 
 def _is_m3(source: Source) -> bool:
