@@ -202,19 +202,17 @@ def load_runner(
         return _packed(stock, checkpoint, pooling, head, encoder.config, place, dtype)
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
     # Without a head that takes rows, the whole model gives the outcome itself.
-    whole = model if head is None else encoder
+    whole, pool = model, None
+    if head is not None:
+        whole, pool = encoder, _pooled(pooling, head)
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         out: Tensor = whole(**inputs)[0]
         return out
 
-    def rows(hidden: Tensor, pack: Pack) -> Tensor:
-        pooled = _POOLS[pooling](hidden, pack)
-        return pooled if head is None else head(pooled)
-
     return PaddedRunner(
         forward,
-        None if head is None else rows,
+        pool,
         types=takes_types(encoder),
         pad=checkpoint.pad,
         device=place,
@@ -270,6 +268,10 @@ def _mean(hidden: Tensor, pack: Pack) -> Tensor:
 
 
 _POOLS: dict[str, Pool] = {"cls": _first, "last": _last, "mean": _mean}
+
+
+def _pooled(pooling: str, head: Head) -> Pool:
+    return lambda hidden, pack: head(_POOLS[pooling](hidden, pack))
 
 
 def _same(rows: Tensor) -> Tensor:
