@@ -144,7 +144,7 @@ def test_a_damaged_head_is_a_sentence_for_its_outputs(m3_folder, copy_of, name, 
     with pytest.raises(CheckpointError, match=name):
         make_scorer(folder).rank("q", ["p"])
     with Embedder(folder) as dense, Embedder(m3_folder) as sound:
-        np.testing.assert_array_equal(use(dense), use(sound))
+        np.testing.assert_allclose(use(dense), use(sound), atol=1e-6)
 
 
 # The hub.
