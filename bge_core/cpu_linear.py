@@ -45,7 +45,7 @@ class CpuLinear(torch.nn.Module):
         return out
 
 
-def lay_out(model: torch.nn.Module) -> None:
+def lay_out(model: torch.nn.Module) -> bool:
     """Put the linear layers of a float32 model on an x86 CPU into oneDNN's layout.
 
     Where this torch lacks the operators, which are those of its own compiler and promised to
@@ -53,10 +53,13 @@ def lay_out(model: torch.nn.Module) -> None:
 
     Args:
         model: Changed in place. Of a `Sequential`, a GELU after a linear layer becomes part of it.
+
+    Returns:
+        Whether it was; its inputs should then come in few sizes (see `Pack`).
     """
     if platform.machine() not in _X86 or not _works():
         logger.debug("oneDNN's linear layers are not to be had: torch's own run.")
-        return
+        return False
     for parent in list(model.modules()):
         before = None
         for name, child in list(parent.named_children()):
@@ -67,6 +70,7 @@ def lay_out(model: torch.nn.Module) -> None:
                 setattr(parent, before[0], CpuLinear(before[1], gelu=True))
                 setattr(parent, name, torch.nn.Identity())
             before = (name, child) if type(child) is torch.nn.Linear else None
+    return True
 
 
 def _is_gelu(module: torch.nn.Module) -> bool:

@@ -20,7 +20,7 @@ from bge_core.tokens import Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Pack", "attend", "attend_first", "fill"]
+__all__ = ["Pack", "attend", "attend_first", "few_sizes", "fill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,13 @@ class Pack:
         device: Where its tensors are made.
         padding_position: Where positions are counted from in the families of RoBERTa: the
             padding token's id. None where they start at 0.
+        few_sizes: Have the tensors end in some padding, so that they come in few sizes.
     """
 
     sequences: Sequence[Tokens]
     device: torch.device
     padding_position: int | None = None
+    few_sizes: bool = False
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -74,7 +76,8 @@ class Pack:
         return runs
 
     def inputs(self) -> dict[str, Tensor]:
-        """Make the model's inputs, each of shape [1, tokens], int64."""
+        """Make the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
+        pad = self.padding_position or 0
         ids = list(chain.from_iterable(sequence.ids for sequence in self.sequences))
         types = chain.from_iterable(
             chain(bytes(sequence.second), b"\1" * (len(sequence) - sequence.second))
@@ -82,9 +85,9 @@ class Pack:
         )
         positions = chain.from_iterable(self._positions(sequence) for sequence in self.sequences)
         return {
-            "input_ids": self._tensor(ids)[None],
-            "position_ids": self._tensor(list(positions))[None],
-            "token_type_ids": self._tensor(list(types))[None],
+            "input_ids": self._rows(ids, pad)[None],
+            "position_ids": self._rows(list(positions), pad)[None],
+            "token_type_ids": self._rows(list(types))[None],
         }
 
     def _positions(self, sequence: Tokens) -> Iterable[int]:
@@ -100,8 +103,8 @@ class Pack:
         )
 
     def first_rows(self) -> Tensor:
-        """Give the row of each sequence's first token, [n] int64."""
-        return self._tensor([0, *accumulate(self.lengths)][:-1])
+        """Give the row of each sequence's first token, [n] int64, or more of few sizes."""
+        return self._rows([0, *accumulate(self.lengths)][:-1])
 
     def last_rows(self) -> Tensor:
         """Give the row of each sequence's last token, [n] int64."""
@@ -112,8 +115,22 @@ class Pack:
         """Give 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
         return self._tensor([0, *accumulate(self.lengths)]).int()
 
+    def _rows(self, values: list[int], more: int = 0) -> Tensor:
+        count = few_sizes(len(values)) - len(values) if self.few_sizes else 0
+        return self._tensor(values + [more] * count)
+
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def few_sizes(rows: int) -> int:
+    """Round a number of rows up, by less than an eighth and by 31 at most.
+
+    oneDNN keeps what it made for each size of each layer's input, half a megabyte: up to 2,048
+    rows there are some 100 sizes that way.
+    """
+    step = min(32, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 def fill(
@@ -154,8 +171,8 @@ def attend(
     """Attend within each sequence of a pack.
 
     Args:
-        queries: [tokens, heads, head_dim].
-        keys: [tokens, key heads, head_dim].
+        queries: [rows, heads, head_dim].
+        keys: [rows, key heads, head_dim].
         values: Like `keys`.
         pack: The boundaries.
         causal: Later tokens are hidden.
@@ -163,7 +180,7 @@ def attend(
         sliding_window: Tokens see others less than so many places away; None for all.
 
     Returns:
-        [tokens, heads, head_dim].
+        [rows, heads, head_dim]; zero where there is no sequence.
     """
     grouped = keys.shape[1] != queries.shape[1]
     varlen = _varlen(queries)
@@ -198,20 +215,20 @@ def attend(
             enable_gqa=grouped,
         )
         parts.append(part.transpose(1, 2).flatten(0, 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _joined(parts, queries)
 
 
 def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> Tensor:
     """Attend from the first token of each sequence only, to all of its tokens.
 
     Args:
-        queries: [n, heads, head_dim], of the first tokens.
+        queries: [rows, heads, head_dim], of the first tokens.
         keys: [tokens, heads, head_dim].
         values: Like `keys`.
         pack: The boundaries.
 
     Returns:
-        [n, heads, head_dim].
+        [rows, heads, head_dim]; zero where there is no sequence.
     """
     parts, done = [], 0
     for run in pack.runs:
@@ -219,7 +236,15 @@ def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> T
         part = scaled_dot_product_attention(own, _split(keys, run), _split(values, run))
         parts.append(part[:, :, 0])
         done += run.count
-    return torch.cat(parts)
+    return _joined(parts, queries)
+
+
+def _joined(parts: list[Tensor], queries: Tensor) -> Tensor:
+    """Lay the outcomes of all runs end to end, as many rows as there are queries."""
+    more = len(queries) - sum(len(part) for part in parts)
+    if more:
+        parts.append(queries.new_zeros(more, *queries.shape[1:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _varlen(query: Tensor) -> Any:

@@ -73,6 +73,7 @@ class PackedRunner:
         device: Where the model is.
         padding_position: Where positions are counted from; None for 0 (see `Pack`).
         budget: Tokens a pack may have unless the user says otherwise.
+        few_sizes: Whether the encoder's inputs should come in few sizes (see `Pack`).
     """
 
     padded = False
@@ -86,12 +87,14 @@ class PackedRunner:
         device: torch.device,
         padding_position: int | None,
         budget: int,
+        few_sizes: bool = False,
     ) -> None:
         self._encoder = encoder
         self._pooling = pooling
         self._head = head
         self._device = device
         self._padding_position = padding_position
+        self._few_sizes = few_sizes
         self.default_budget = budget
 
     @torch.inference_mode()
@@ -100,7 +103,7 @@ class PackedRunner:
         return self._outcome(self._pack(sequences))
 
     def _pack(self, sequences: Sequence[Tokens]) -> Pack:
-        return Pack(sequences, self._device, self._padding_position)
+        return Pack(sequences, self._device, self._padding_position, self._few_sizes)
 
     def _outcome(self, pack: Pack) -> NDArray[np.float32]:
         """Make one row a sequence, [n, width] float32."""
@@ -108,7 +111,7 @@ class PackedRunner:
             rows = self._encoder.first_rows(pack)
         else:
             rows = _POOLS[self._pooling](self._encoder.rows(pack), pack)
-        return to_numpy(self._head(rows))
+        return to_numpy(self._head(rows))[: len(pack.sequences)]
 
 
 class PaddedRunner:
@@ -183,10 +186,11 @@ def load_runner(
         return _sentence_transformers(checkpoint, place, dtype, trust_remote_code)
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
     if bert is not None:
-        if place.type == "cpu" and dtype == "float32":
-            # Ours alone: other models' code may look at the weights of a layer itself.
-            lay_out(bert)
-        return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
+        # Ours alone: other models' code may look at the weights of a layer itself.
+        few_sizes = place.type == "cpu" and dtype == "float32" and lay_out(bert)
+        return _packed(
+            bert, checkpoint, pooling, bert.head, bert.shape, place, dtype, few_sizes=few_sizes
+        )
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         model.to(place)
@@ -300,12 +304,21 @@ def _packed(
     config: Any,
     device: torch.device,
     dtype: str,
+    *,
+    few_sizes: bool = False,
 ) -> PackedRunner:
     budget = _default_budget(config, device, dtype)
     if gives_m3(checkpoint, pooling):
         from bge_core.m3_runner import M3Runner
 
-        return M3Runner(encoder, checkpoint=checkpoint, dtype=dtype, device=device, budget=budget)
+        return M3Runner(
+            encoder,
+            checkpoint=checkpoint,
+            dtype=dtype,
+            device=device,
+            budget=budget,
+            few_sizes=few_sizes,
+        )
     return PackedRunner(
         encoder,
         pooling,
@@ -313,6 +326,7 @@ def _packed(
         device=device,
         padding_position=checkpoint.padding_position,
         budget=budget,
+        few_sizes=few_sizes,
     )
 
 

@@ -1,11 +1,13 @@
 """Linear layers in oneDNN's layout give what torch's own give."""
 
 import platform
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from bge_core import cpu_linear
+from bge_core import Embedder, Reranker, cpu_linear
 from bge_core.cpu_linear import CpuLinear, lay_out
 
 pytestmark = pytest.mark.skipif(
@@ -75,3 +77,32 @@ def test_the_user_s_random_numbers_stay_theirs():
 
 def model_of_one():
     return torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["embedder", "reranker"])
+def test_the_layers_get_their_rows_in_few_sizes(kind, en_folder, bert_reranker_folder):
+    """What oneDNN keeps for each of them is what a service's memory would grow by."""
+    sizes = set()
+
+    def note(module, inputs):
+        if type(module) is CpuLinear:
+            sizes.add(inputs[0].shape[0])
+
+    rnd = random.Random(1)
+    texts = [" ".join(["cat"] * rnd.randint(1, 60)) for _ in range(500)]
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        with Embedder(en_folder) as embedder, Reranker(bert_reranker_folder) as reranker:
+            for _ in range(150):
+                some = rnd.sample(texts, rnd.randint(1, 60))
+                if kind == "embedder":
+                    vectors = embedder.embed_documents(some)
+                    alone = embedder.embed_documents(some[:1])
+                    np.testing.assert_allclose(vectors[0], alone[0], atol=1e-5)
+                else:
+                    scores = reranker.score("cat", some)
+                    assert scores[0] == pytest.approx(reranker.score("cat", some[:1])[0], abs=1e-5)
+    finally:
+        hook.remove()
+    assert len(sizes) < 110
+    assert max(sizes) <= 2048
