@@ -109,13 +109,13 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _loaded_tokenizer(tokenizer: Any, name: str) -> Any:
+def _loaded_tokenizer(tokenizer: Any, name: str, **settings: Any) -> Any:
     """Have transformers load a tokenizer.json, as it does a published checkpoint's."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(f"{folder}/tokenizer.json")
-        config = {"tokenizer_class": name, "model_max_length": 512}
+        config = {"tokenizer_class": name, "model_max_length": 512, **settings}
         _write_json(Path(folder) / "tokenizer_config.json", config)
         return AutoTokenizer.from_pretrained(folder)
 
@@ -187,61 +187,133 @@ def _bpe(specials: Sequence[str], normalizer: Any, pre_tokenizer: Any, alphabet:
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
+def _ends(tokenizer: Any, first: str | None, last: str | None) -> Any:
+    """Put tokens before and behind each text."""
+    from tokenizers import processors
+
+    around = [first, "$A", last], [first, "$B:1", last]
+    one, two = (" ".join(token for token in tokens if token) for tokens in around)
+    ends = [(token, tokenizer.token_to_id(token)) for token in (first, last) if token]
+    return processors.TemplateProcessing(single=one, pair=f"{one} {two}", special_tokens=ends)
+
+
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+# But for what is trained, these are as each family's published tokenizer.json has them.
 
 
 @functools.cache
 def _gemma_tokenizer(*, eos: bool) -> Any:
-    from tokenizers import normalizers, pre_tokenizers
-    from transformers import GemmaTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocab, merges = _bpe(
-        ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *BYTES),
-        normalizers.Replace(" ", "▁"),
-        pre_tokenizers.Split(" ", "merged_with_previous"),
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    normalizer = normalizers.Replace(" ", "▁")
+    pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    vocab, merges = _bpe((*special, *BYTES), normalizer, pre_tokenizer)
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    return GemmaTokenizer(
-        vocab=vocab, merges=merges, add_bos_token=True, add_eos_token=eos, model_max_length=8192
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.post_processor = _ends(tokenizer, "<bos>", "<eos>" if eos else None)
+    return _loaded_tokenizer(
+        tokenizer,
+        "GemmaTokenizer",
+        add_bos_token=True,
+        add_eos_token=eos,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=8192,
     )
 
 
 @functools.cache
 def _mistral_tokenizer() -> Any:
-    from tokenizers import normalizers
-    from transformers import LlamaTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
-    vocab, merges = _bpe(
-        ("<unk>", "<s>", "</s>", *BYTES),
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-        None,
+    special = ("<unk>", "<s>", "</s>")
+    extra = ["<instruct>", "<query>", "<response>"]  # bge-en-icl's own
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    vocab, merges = _bpe((*special, *BYTES), normalizer, None)
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    tokenizer = LlamaTokenizer(
-        vocab=vocab,
-        merges=merges,
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([*special, *extra])
+    tokenizer.post_processor = _ends(tokenizer, "<s>", "</s>")
+    return _loaded_tokenizer(
+        tokenizer,
+        "LlamaTokenizer",
         legacy=True,
         add_bos_token=True,
         add_eos_token=True,
+        additional_special_tokens=extra,
+        bos_token="<s>",
+        eos_token="</s>",
         pad_token="<unk>",
+        unk_token="<unk>",
         model_max_length=32768,
     )
-    # bge-en-icl's own.
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<instruct>", "<query>", "<response>"]})
-    return tokenizer
 
 
 @functools.cache
 def _qwen_tokenizer(*, eos: bool) -> Any:
-    from tokenizers import normalizers, pre_tokenizers
-    from transformers import Qwen2Tokenizer
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
+    last = "<|endoftext|>"
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     vocab, merges = _bpe(
-        ("<|endoftext|>",),
+        (last,),
         normalizers.NFC(),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         pre_tokenizers.ByteLevel.alphabet(),
     )
-    return Qwen2Tokenizer(
-        vocab=vocab, merges=merges, add_bos_token=False, add_eos_token=eos, model_max_length=32768
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="")
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([last])
+    tokenizer.post_processor = (
+        _ends(tokenizer, None, last) if eos else processors.ByteLevel(trim_offsets=False)
+    )
+    return _loaded_tokenizer(
+        tokenizer,
+        "Qwen2Tokenizer",
+        bos_token=None,
+        eos_token=last,
+        pad_token=last,
+        model_max_length=32768,
     )
 
 
@@ -676,6 +748,9 @@ def icl_folder(models_dir: Path) -> Path:
     config = _decoder_config("Mistral", tokenizer, 32768, sliding_window=None)
     folder = models_dir / "bge-en-icl"
     _write_model(folder, "MistralModel", config, tokenizer, seed=14)
+    # transformers 5 reads this, and doesn't write it.
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "tokenizer_config.json", {**config, "legacy": True})
     return _write_modules(folder, pooling="last", normalize=False, max_seq_length=32768)
 
 

@@ -142,11 +142,13 @@ def test_all_but_gemma_2_run_without_padding(request, name, caplog):
 def test_sentence_transformers_agrees_on_documents(gemma2_folder, code_folder):
     from sentence_transformers import SentenceTransformer
 
+    # Version 5.0 takes the spaces around a text away.
+    texts = [text.strip() for text in TEXTS if text.strip()]
     for folder in (gemma2_folder, code_folder):
         model = SentenceTransformer(str(folder), device="cpu")
         with Embedder(folder) as embedder:
             np.testing.assert_allclose(
-                embedder.embed_documents(TEXTS), model.encode(TEXTS), atol=1e-5
+                embedder.embed_documents(texts), model.encode(texts), atol=1e-5
             )
 
 
@@ -320,7 +322,7 @@ def test_openvino_is_refused(icl_folder, gemma_reranker_folder):
 def test_the_ends_that_tokenizer_config_asks_for_are_there(
     request, name, first, copy_of, reference_embed
 ):
-    """transformers 5 goes by tokenizer.json alone, and loses them without a word."""
+    """transformers 5 goes by tokenizer.json alone, and loses them; 4 goes by the settings."""
     whole = request.getfixturevalue(name)
     folder = copy_of(whole)
     file = folder / "tokenizer.json"
@@ -332,11 +334,13 @@ def test_the_ends_that_tokenizer_config_asks_for_are_there(
     file.write_text(json.dumps(tokenizer))
     file = folder / "tokenizer_config.json"
     settings = {**json.loads(file.read_text()), "add_eos_token": True}
+    settings.pop("add_bos_token", None)
     if first:
         settings["add_bos_token"] = True
     file.write_text(json.dumps(settings))
     plain = transformers.AutoTokenizer.from_pretrained(folder)
-    assert plain("a")["input_ids"][-1] != plain.eos_token_id
+    ended = plain("a")["input_ids"][-1] == plain.eos_token_id
+    assert ended == transformers.__version__.startswith("4.")
     with Embedder(folder) as embedder:
         vectors = embedder.embed_documents(TEXTS)
     np.testing.assert_allclose(vectors, reference_embed(whole, TEXTS, pooling="last"), atol=1e-5)
