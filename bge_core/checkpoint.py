@@ -34,6 +34,7 @@ __all__ = [
     "HEADS",
     "Checkpoint",
     "Source",
+    "check_classes",
     "check_kind",
     "check_profile",
     "gives_m3",
@@ -436,7 +437,8 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
     """
     from transformers import AutoTokenizer
 
-    if not any((checkpoint.body / name).exists() for name in _TOKENIZER_FILES):
+    file = next((name for name in _TOKENIZER_FILES if (checkpoint.body / name).exists()), None)
+    if file is None:
         msg = (
             f"{checkpoint.name!r} has no tokenizer: {checkpoint.body} has none of "
             f"{', '.join(_TOKENIZER_FILES)}. Save it there with tokenizer.save_pretrained(folder)."
@@ -444,7 +446,11 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
         raise CheckpointError(msg)
     try:
         loaded = AutoTokenizer.from_pretrained(
-            checkpoint.body, local_files_only=True, trust_remote_code=trust_remote_code
+            checkpoint.body,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            # transformers 4 would follow paths in tokenizer_config.json, which are its maker's.
+            **{_TOKENIZER_FILES[file]: str(checkpoint.body / file)},
         )
     except Exception as exc:
         raise _unreadable(checkpoint, "tokenizer", exc) from exc
@@ -481,6 +487,28 @@ def _mark_ends(loaded: Any, settings: Mapping[str, Any]) -> None:
     if settings.get("tokenizer_class") in _MARKED_CLASSES and "add_eos_token" in settings:
         loaded.add_bos_token = bool(settings.get("add_bos_token", True))
         loaded.add_eos_token = bool(settings["add_eos_token"])
+
+
+def check_classes(checkpoint: Checkpoint) -> None:
+    """Refuse classes that sentence-transformers would import for a checkpoint nobody vouched for.
+
+    Since its version 6 it refuses them itself; before, it imports them, those in the checkpoint's
+    folder included.
+
+    Raises:
+        CheckpointError: A module or an activation is of neither sentence-transformers nor torch.
+    """
+    for path in sorted(checkpoint.folder.rglob("*.json")):
+        if path.name != "modules.json" and not path.name.endswith("config.json"):
+            continue
+        for name, package in _named_classes(_json(path)):
+            if not name.startswith(f"{package}."):
+                msg = (
+                    f"{path} names {name!r}, Python code from elsewhere than {package}, which was "
+                    "not run: it could do anything that you can. If you have read it and trust "
+                    "it, pass trust_remote_code=True."
+                )
+                raise CheckpointError(msg)
 
 
 def load_model(
@@ -618,7 +646,7 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
             "run: it could do anything that you can. If you have read it and trust it, pass "
             "trust_remote_code=True."
         )
-    elif isinstance(error, UnpicklingError) or "weights_only" in str(error):
+    elif any(isinstance(e, UnpicklingError) or "weights_only" in str(e) for e in _chain(error)):
         msg = (
             f"There is more than tensors in the {what} of {checkpoint.name!r} in "
             f"{checkpoint.body}: the file is damaged, or a pickle with code in it, which was not "
@@ -633,9 +661,22 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
     return CheckpointError(msg)
 
 
+# What sentence-transformers imports by name, and the package that it may be of.
+_CLASSES = {
+    "type": "sentence_transformers",
+    "types": "sentence_transformers",
+    "tokenizer_class": "sentence_transformers",
+    "activation_function": "torch",
+}
 # Those whose fast versions in transformers 4 went by tokenizer_config.json.
 _MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
+# And transformers' word for each.
+_TOKENIZER_FILES = {
+    "tokenizer.json": "tokenizer_file",
+    "vocab.txt": "vocab_file",
+    "sentencepiece.bpe.model": "vocab_file",
+    "tokenizer.model": "vocab_file",
+}
 
 
 def _check_shards(folder: Path) -> None:
@@ -783,6 +824,23 @@ def _json(path: Path) -> Any:
     except (ValueError, OSError) as exc:
         msg = f"{path} is damaged ({_first_line(exc)}): fetch the checkpoint again."
         raise CheckpointError(msg) from exc
+
+
+def _named_classes(value: Any) -> Iterator[tuple[str, str]]:
+    """Give the classes that a file's content names, and the package that each may be of."""
+    for entry in value if isinstance(value, list) else [value]:
+        for key, package in _CLASSES.items():
+            named = entry.get(key) if isinstance(entry, dict) else None
+            for name in named.values() if isinstance(named, dict) else [named]:
+                if isinstance(name, str) and "." in name:  # without one, a name of transformers'
+                    yield name, package
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Give an error and what it came of."""
+    while exc is not None:
+        yield exc
+        exc = exc.__context__
 
 
 def _first_line(exc: BaseException) -> str:

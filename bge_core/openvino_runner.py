@@ -153,7 +153,7 @@ def load_openvino_runner(
         )
         model = _converted(openvino, checkpoint, loaded, pooling)
         try:
-            _keep(openvino, model, file)
+            _keep(openvino, core, model, file)
         except (OSError, RuntimeError) as exc:
             logger.warning(
                 "The converted %r can't be kept in %s (%s): free some room there, or pass "
@@ -200,12 +200,14 @@ def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str |
         raise CheckpointError(msg) from exc
 
 
-def _keep(openvino: Any, model: Any, file: Path) -> None:
+def _keep(openvino: Any, core: Any, model: Any, file: Path) -> None:
     file.parent.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there whole: nothing half-written is ever found.
     work = Path(tempfile.mkdtemp(dir=file.parent.parent))
     try:
         openvino.save_model(model, str(work / file.name), compress_to_fp16=False)
+        # Older versions don't say that a disk was full.
+        core.read_model(str(work / file.name))
         with contextlib.suppress(OSError):  # another process was first, with the same content
             work.rename(file.parent)
     finally:

@@ -14,6 +14,7 @@ from bge_core.bert import load_bert
 from bge_core.checkpoint import (
     Checkpoint,
     Kind,
+    check_classes,
     gives_m3,
     load_model,
     no_room,
@@ -365,6 +366,8 @@ def _sentence_transformers(
     """Run the checkpoint's own modules, where they go beyond transformer, pooling, normalise."""
     from sentence_transformers import SentenceTransformer
 
+    if not trust_remote_code:
+        check_classes(checkpoint)
     try:
         with without_bars():
             model = SentenceTransformer(

@@ -49,6 +49,11 @@ def lose(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def lose_the_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").unlink(missing_ok=True)  # written by transformers 4
+
+
 def add_tokens(folder: Path) -> None:
     """Give the tokenizer tokens that the weights have no embedding for."""
     path = folder / "tokenizer.json"
@@ -88,7 +93,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights lost": (lose("model.safetensors"), r"no weights.*model\.safetensors.*fetch it again"),
     "a shard lost": (lose_a_shard, r"lacks model-00002-of-00002\.safetensors.*fetch"),
     "tokenizer cut": (cut("tokenizer.json"), r"tokenizer.*fetch the checkpoint again"),
-    "tokenizer lost": (lose("tokenizer.json"), r"no tokenizer.*tokenizer\.json.*save_pretrained"),
+    "tokenizer lost": (lose_the_tokenizer, r"no tokenizer.*tokenizer\.json.*save_pretrained"),
     "config cut": (cut("config.json"), r"config\.json is damaged.*fetch the checkpoint again"),
     "config lost": (lose("config.json"), r"config\.json is missing.*save_pretrained"),
     "tokens too many": (add_tokens, r"tokenizer.*tokens.*vocab_size in config\.json.*fetch"),
@@ -297,17 +302,32 @@ def test_a_pickle_beside_safetensors_is_not_even_read(en_folder, copy_of, tmp_pa
     assert not (tmp_path / "it_ran").exists()
 
 
-def test_a_class_of_the_checkpoint_s_own_is_not_run(en_folder, copy_of, tmp_path):
+@pytest.mark.parametrize("name", ["own_module.Own", "os.system"])
+@pytest.mark.parametrize("place", ["module", "route", "activation"])
+def test_a_class_of_the_checkpoint_s_own_is_not_run(
+    en_folder, copy_of, tmp_path, monkeypatch, place, name
+):
     """As a sentence-transformers module, a third way beside config.json and the tokenizer's."""
     folder = copy_of(en_folder)
+    monkeypatch.syspath_prepend(folder)  # as where one works in it
     (folder / "own_module.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'it_ran')!r})\n")
-    listed = json.loads((folder / "modules.json").read_text())
+    dense = {"in_features": 32, "out_features": 32, "bias": False, "activation_function": name}
+    kind, file, content = {
+        "module": (name, "config.json", {}),
+        "route": (
+            "sentence_transformers.models.Router",
+            "router_config.json",
+            {"types": {"0": name}, "structure": {"query": ["0"]}},
+        ),
+        "activation": ("sentence_transformers.models.Dense", "config.json", dense),
+    }[place]
     (folder / "3_Own").mkdir()
-    for type_ in ("own_module.Own", "os.system"):
-        own = {"idx": 3, "name": "3", "path": "3_Own", "type": type_}
-        (folder / "modules.json").write_text(json.dumps([*listed, own]))
-        with pytest.raises(CheckpointError, match="trust_remote_code=True"):
-            use(Embedder(folder))
+    (folder / "3_Own" / file).write_text(json.dumps(content))
+    listed = json.loads((folder / "modules.json").read_text())
+    own = {"idx": 3, "name": "3", "path": "3_Own", "type": kind}
+    (folder / "modules.json").write_text(json.dumps([*listed, own]))
+    with pytest.raises(CheckpointError, match="trust_remote_code=True"):
+        use(Embedder(folder))
     assert not (tmp_path / "it_ran").exists()
 
 
@@ -354,11 +374,17 @@ def test_an_adapter_does_not_have_another_folder_loaded(
         cls(folder)
 
 
-def test_paths_in_a_tokenizer_s_config_are_not_followed(en_folder, copy_of, tmp_path):
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
+def test_paths_in_a_tokenizer_s_config_are_not_followed(en_folder, copy_of, tmp_path, file):
     """Published checkpoints have their makers' own there, so they can't be refused."""
     other = tmp_path / "other.txt"
     other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     folder = copy_of(en_folder)
+    if file == "vocab.txt":
+        vocabulary = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+        words = sorted(vocabulary, key=vocabulary.__getitem__)
+        (folder / file).write_text("\n".join(words), encoding="utf-8")
+        (folder / "tokenizer.json").unlink()
     words = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_path")
     edit(folder / "tokenizer_config.json", **dict.fromkeys(words, str(other)))
     with Embedder(folder) as tricked, Embedder(en_folder) as plain:
