@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import runpy
@@ -22,7 +23,8 @@ INSTRUCTION = "Represent this sentence for searching relevant passages: "
 
 
 @pytest.fixture(autouse=True)
-def on_the_path(monkeypatch, tmp_path):
+def on_the_path(monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.NOTSET, logger="bge_core")  # as it was, once an example has run
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
