@@ -44,8 +44,15 @@ def address(
 ) -> Iterator[str]:
     port = free_port()
     command = [PROGRAM, "v2", "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
-    for folder in (stand_in_folder, en_folder, reranker_folder, bert_reranker_folder):
-        command += ["--model-id", folder, "--served-model-name", folder]
+    # The names that are asked for: published ids, and no path of this machine.
+    served = {
+        stand_in_folder.name: stand_in_folder,
+        f"BAAI/{en_folder.name}": en_folder,
+        f"BAAI/{reranker_folder.name}": reranker_folder,
+        bert_reranker_folder.name: bert_reranker_folder,
+    }
+    for name, folder in served.items():
+        command += ["--model-id", folder, "--served-model-name", name]
         command += ["--device", "cpu", "--engine", "torch"]
         command += ["--no-bettertransformer", "--no-model-warmup"]
     log = tmp_path_factory.mktemp("infinity") / "log"
@@ -174,12 +181,10 @@ async def test_many_event_loops_and_tasks(address: str, en_folder: Path) -> None
         np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
-def test_what_the_server_refuses_is_a_sentence(
-    address: str, en_folder: Path, reranker_folder: Path
-) -> None:
+def test_what_the_server_refuses_is_a_sentence(address: str, en_folder: Path) -> None:
     with pytest.raises(EndpointError, match=r"401 Unauthorized.*api_key="):
         RemoteEmbedder(en_folder, endpoint=address).embed_queries(["a"])
     with pytest.raises(EndpointError, match=r"answered 400.*model="):
-        RemoteReranker("BAAI/bge-reranker-base", endpoint=address, api_key=KEY).rank("q", ["p"])
+        RemoteReranker("BAAI/bge-reranker-large", endpoint=address, api_key=KEY).rank("q", ["p"])
     with pytest.raises(EndpointError, match=r"answered 404.*/v1"):
         RemoteEmbedder(en_folder, endpoint=f"{address}/v1", api_key=KEY).embed_queries(["a"])
