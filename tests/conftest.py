@@ -125,16 +125,22 @@ def _bert_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import WordPieceTrainer
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    text = learner.normalizer.normalize_str(" ".join(CORPUS))
+    words = [word for word, _ in learner.pre_tokenizer.pre_tokenize_str(text)]
+    # Named here, since training gives them another order each time, and with it other pieces.
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
     trainer = WordPieceTrainer(
-        vocab_size=900,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
-        show_progress=False,
+        vocab_size=900, special_tokens=[*special, *inner], show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    learner.train_from_iterator(CORPUS, trainer)
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return _loaded_tokenizer(tokenizer, "BertTokenizer")
 
