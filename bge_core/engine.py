@@ -40,6 +40,8 @@ Rows = list[Any]
 
 # How long the interpreter's end waits for threads that are in C++, and would crash it.
 _EXIT_SECONDS = 4.0
+# After bulk work, what the allocator kept goes back to the system once nothing came for so long.
+_REST_SECONDS = 1.0
 # Bulk work gets a third of the CPU that queries get while both want it, and all of it otherwise.
 _BULK_NICENESS = 5
 
@@ -178,13 +180,19 @@ class _Workers:
         if self.forked:
             # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
             torch.set_num_threads(1)
+        rest: float | None = None
         while True:
             with self.ready:
-                while not (pack := self._take(lane, runner, self.ceilings[index])):
-                    if self.closed:
-                        return
-                    self.ready.wait()
-            self._run(pack, runner, index)
+                pack = self._take(lane, runner, self.ceilings[index])
+                if not pack and self.closed:
+                    return
+                woken = bool(pack) or self.ready.wait(rest)
+            if pack:
+                self._run(pack, runner, index)
+                rest = _REST_SECONDS if lane == "bulk" else None
+            elif not woken:
+                _give_back()
+                rest = None
             # Nothing of the pack may outlive it while the worker waits.
             del pack
 
@@ -393,7 +401,8 @@ def _step_aside() -> None:
 def _give_back() -> None:
     """Have glibc return what was freed: it would keep a gigabyte of weights and activations.
 
-    Each worker has a part of the heap of its own, and the next model's workers get others.
+    Each worker has a part of the heap of its own, and the next model's workers get others. It
+    takes some 10 ms, and the next pass a few more, which is why it is not done while work comes.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

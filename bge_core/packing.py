@@ -124,12 +124,12 @@ class Pack:
 
 
 def few_sizes(rows: int) -> int:
-    """Round a number of rows up, by less than an eighth and by 31 at most.
+    """Round a number of rows up, by less than an eighth and by 63 at most.
 
     oneDNN keeps what it made for each size of each layer's input, half a megabyte: up to 2,048
-    rows there are some 100 sizes that way.
+    rows there are 80 sizes that way.
     """
-    step = min(32, 1 << max(0, rows.bit_length() - 4))
+    step = min(64, 1 << max(0, rows.bit_length() - 4))
     return -(-rows // step) * step
 
 

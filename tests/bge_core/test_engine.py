@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from bge_core import ClosedError, ComputationError, Embedder
+from bge_core import engine as engine_module
 from bge_core.engine import Engine
 from bge_core.tokens import Tokens
 
@@ -292,6 +293,25 @@ def test_a_job_that_is_done_needs_no_garbage_collector():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_bulk_work_gives_memory_back_once_when_nothing_more_comes(monkeypatch):
+    given: list[str] = []
+    monkeypatch.setattr(engine_module, "_REST_SECONDS", 0.5)
+    monkeypatch.setattr(
+        engine_module, "_give_back", lambda: given.append(threading.current_thread().name)
+    )
+    made = engine(Recorder())
+    made.submit(sequences(5), lane="query").result(10)
+    for _ in range(3):  # no rest between them
+        made.submit(sequences(5), lane="bulk").result(10)
+    assert not given
+    deadline = time.monotonic() + 10
+    while not given and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.8)
+    assert given == ["bge-bulk-0"]
+    assert values(made.submit(sequences(7), lane="bulk")) == [7.0]
 
 
 def test_an_engine_that_nobody_holds_stops_its_threads_and_fails_who_waits(held):
