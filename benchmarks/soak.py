@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import math
 import os
 import platform
 import random
@@ -109,12 +110,16 @@ class Watch:
         self.going.set()
 
     def growth(self, warm_up: int) -> float:
-        """Give how far memory has grown since the warm-up: its last five minutes to its first.
+        """Give how far memory has grown since the warm-up: the last five minutes to the first.
 
-        Medians: from one minute to the next it goes up and down by some per cent.
+        Medians: from one minute to the next it goes up and down by some per cent. NaN where there
+        are no two minutes to compare.
         """
         counted = self.at_rest[warm_up:]
-        return median(counted[-5:]) / median(counted[:5]) - 1 if counted else 0.0
+        window = min(5, len(counted) // 2)
+        if not window:
+            return math.nan
+        return median(counted[-window:]) / median(counted[:window]) - 1
 
     def seconds(self) -> float:
         """Give how long it has been going."""

@@ -60,13 +60,13 @@ class _Layer(torch.nn.Module):
         self.down_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
 
     def forward(self, hidden: Tensor, pack: Pack) -> Tensor:
-        """Compute every row, [tokens, hidden] -> [tokens, hidden]."""
+        """Compute every row, [rows, hidden] -> [rows, hidden]."""
         queries = self.query(hidden).view(-1, *self._heads)
         keys, values = self._keys_and_values(hidden)
         return self._after(attend(queries, keys, values, pack), hidden)
 
     def first_rows(self, hidden: Tensor, pack: Pack) -> Tensor:
-        """Compute the row of each sequence's first token only, [tokens, hidden] -> [n, hidden].
+        """Compute the row of each sequence's first token only, [rows, hidden] -> [n, hidden].
 
         Of the other rows it takes the keys and values alone, so the rest isn't computed.
         """
@@ -112,7 +112,7 @@ class Bert(torch.nn.Module):
         )
 
     def rows(self, pack: Pack) -> Tensor:
-        """Compute the last layer's row of every token, [tokens, hidden]."""
+        """Compute the last layer's row of every token, [rows, hidden]."""
         hidden = self._embedded(pack)
         for layer in self.layers:
             hidden = layer(hidden, pack)

@@ -437,11 +437,15 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
     """
     from transformers import AutoTokenizer
 
-    file = next((name for name in _TOKENIZER_FILES if (checkpoint.body / name).exists()), None)
-    if file is None:
+    own = {
+        word: next((str(path) for name in names if (path := checkpoint.body / name).exists()), None)
+        for word, names in _TOKENIZER_FILES.items()
+    }
+    if own["tokenizer_file"] is None and own["vocab_file"] is None:
+        names = ", ".join(name for names in _TOKENIZER_FILES.values() for name in names)
         msg = (
-            f"{checkpoint.name!r} has no tokenizer: {checkpoint.body} has none of "
-            f"{', '.join(_TOKENIZER_FILES)}. Save it there with tokenizer.save_pretrained(folder)."
+            f"{checkpoint.name!r} has no tokenizer: {checkpoint.body} has none of {names}. Save it "
+            "there with tokenizer.save_pretrained(folder)."
         )
         raise CheckpointError(msg)
     try:
@@ -450,7 +454,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             # transformers 4 would follow paths in tokenizer_config.json, which are its maker's.
-            **{_TOKENIZER_FILES[file]: str(checkpoint.body / file)},
+            **own,
         )
     except Exception as exc:
         raise _unreadable(checkpoint, "tokenizer", exc) from exc
@@ -498,9 +502,8 @@ def check_classes(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: A module or an activation is of neither sentence-transformers nor torch.
     """
-    for path in sorted(checkpoint.folder.rglob("*.json")):
-        if path.name != "modules.json" and not path.name.endswith("config.json"):
-            continue
+    named = (path for path in checkpoint.folder.rglob("*") if path.name.lower() in _NAMING_FILES)
+    for path in [checkpoint.folder / "modules.json", *sorted(named)]:
         for name, package in _named_classes(_json(path)):
             if not name.startswith(f"{package}."):
                 msg = (
@@ -661,7 +664,9 @@ def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> Checkpoi
     return CheckpointError(msg)
 
 
-# What sentence-transformers imports by name, and the package that it may be of.
+# Beside modules.json, the files in which sentence-transformers 5 finds names that it imports.
+_NAMING_FILES = ("config.json", "router_config.json", "wordembedding_config.json")
+# What it imports by name, and the package that it may be of.
 _CLASSES = {
     "type": "sentence_transformers",
     "types": "sentence_transformers",
@@ -670,12 +675,10 @@ _CLASSES = {
 }
 # Those whose fast versions in transformers 4 went by tokenizer_config.json.
 _MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
-# And transformers' word for each.
+# Under transformers' word for them; the first that is there.
 _TOKENIZER_FILES = {
-    "tokenizer.json": "tokenizer_file",
-    "vocab.txt": "vocab_file",
-    "sentencepiece.bpe.model": "vocab_file",
-    "tokenizer.model": "vocab_file",
+    "tokenizer_file": ("tokenizer.json",),
+    "vocab_file": ("vocab.txt", "sentencepiece.bpe.model", "tokenizer.model"),
 }
 
 

@@ -40,7 +40,7 @@ Rows = list[Any]
 
 # How long the interpreter's end waits for threads that are in C++, and would crash it.
 _EXIT_SECONDS = 4.0
-# After bulk work, what the allocator kept goes back to the system once nothing came for so long.
+# After bulk work, what the allocator kept goes back to the system once no more came for so long.
 _REST_SECONDS = 1.0
 # Bulk work gets a third of the CPU that queries get while both want it, and all of it otherwise.
 _BULK_NICENESS = 5
@@ -180,19 +180,21 @@ class _Workers:
         if self.forked:
             # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
             torch.set_num_threads(1)
-        rest: float | None = None
+        rested: float | None = None
         while True:
             with self.ready:
                 pack = self._take(lane, runner, self.ceilings[index])
                 if not pack and self.closed:
                     return
-                woken = bool(pack) or self.ready.wait(rest)
+                if not pack:
+                    # Queries wake it, too, and are no reason to rest longer.
+                    self.ready.wait(rested and max(0.0, rested - time.monotonic()))
             if pack:
                 self._run(pack, runner, index)
-                rest = _REST_SECONDS if lane == "bulk" else None
-            elif not woken:
+                rested = time.monotonic() + _REST_SECONDS if lane == "bulk" else None
+            elif rested and time.monotonic() >= rested:
                 _give_back()
-                rest = None
+                rested = None
             # Nothing of the pack may outlive it while the worker waits.
             del pack
 

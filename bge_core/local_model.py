@@ -276,7 +276,7 @@ class LocalModel(Closing, Generic[Item]):
             )
             for device in devices
         ]
-        # Bulk is level between the two, and packs need no padding.
+        # Bulk is level between the two, and packs need next to no padding.
         query = loaded if fast is None else [fast] * len(devices)
         return Engine({"query": query, "bulk": loaded}, tokenizer, name=found.name)
 

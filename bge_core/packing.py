@@ -1,6 +1,6 @@
 """Packs: sequences laid end to end under a token budget, and the attention that keeps them apart.
 
-Every linear layer of the encoder then runs on real tokens only.
+Every linear layer of the encoder then runs on real tokens only, or next to it (`few_sizes`).
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> T
 
     Args:
         queries: [rows, heads, head_dim], of the first tokens.
-        keys: [tokens, heads, head_dim].
+        keys: [rows, heads, head_dim], of all tokens.
         values: Like `keys`.
         pack: The boundaries.
 

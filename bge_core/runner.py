@@ -34,20 +34,20 @@ __all__ = ["PackedRunner", "Runner", "load_runner", "padded_inputs", "takes_type
 logger = logging.getLogger(__name__)
 
 Pool = Callable[["Tensor", Pack], "Tensor"]
-"""Hidden rows [tokens, hidden] and their pack -> one row a sequence, [n, hidden]."""
+"""Hidden rows [rows, hidden] and their pack -> one row a sequence, [n, hidden]."""
 Head = Callable[["Tensor"], "Tensor"]
 """One row a sequence, [n, hidden] -> what the caller wants of it, [n, width]."""
 
 
 class Encoder(Protocol):
-    """Computes the last layer's rows of a pack."""
+    """Computes the last layer's rows of a pack; what it is padded with has rows at the end."""
 
     def rows(self, pack: Pack) -> Tensor:
-        """Compute the row of every token, [tokens, hidden]."""
+        """Compute the row of every token, [rows, hidden]."""
         ...
 
     def first_rows(self, pack: Pack) -> Tensor:
-        """Compute the row of each sequence's first token, [n, hidden]."""
+        """Compute the row of each sequence's first token, [rows, hidden]."""
         ...
 
 
@@ -65,7 +65,7 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Runs an encoder on packs, without padding.
+    """Runs an encoder on packs, without padding to the longest.
 
     Args:
         encoder: Computes rows of the last layer.

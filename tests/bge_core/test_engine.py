@@ -303,12 +303,20 @@ def test_bulk_work_gives_memory_back_once_when_nothing_more_comes(monkeypatch):
     )
     made = engine(Recorder())
     made.submit(sequences(5), lane="query").result(10)
-    for _ in range(3):  # no rest between them
-        made.submit(sequences(5), lane="bulk").result(10)
-    time.sleep(2)
-    # Other engines' workers may end meanwhile.
-    own = [thread for thread in given if thread in made._workers.all_threads()]
-    assert own == made._workers.threads["bulk"]
+    for future in [made.submit(sequences(5), lane="bulk") for _ in range(3)]:
+        future.result(10)
+
+    def own() -> list[threading.Thread]:
+        # Other engines' workers may end meanwhile.
+        return [thread for thread in given if thread in made._workers.all_threads()]
+
+    deadline = time.monotonic() + 10
+    while not own() and time.monotonic() < deadline:
+        # Queries go on, and are no reason to wait.
+        made.submit(sequences(5), lane="query").result(10)
+        time.sleep(0.05)
+    time.sleep(1.5)
+    assert own() == made._workers.threads["bulk"]
     assert values(made.submit(sequences(7), lane="bulk")) == [7.0]
 
 
