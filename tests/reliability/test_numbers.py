@@ -56,14 +56,20 @@ def broken(request: Any, tmp_path_factory: Any) -> Callable[[str], Path]:
     return give
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: Any) -> Path:
+    """Where OpenVINO's models are kept from one test to the next: converting takes seconds."""
+    return tmp_path_factory.mktemp("converted")
+
+
 REMEDY = r"NaN or infinity for {}.*dtype='float32'"
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize("method", ["embed_documents", "embed_queries"])
-async def test_an_embedder_names_the_text(broken, call, method, backend, tmp_path):
+async def test_an_embedder_names_the_text(broken, call, method, backend, converted):
     with Embedder(
-        broken("en_folder"), query_instruction="", backend=backend, cache_folder=tmp_path
+        broken("en_folder"), query_instruction="", backend=backend, cache_folder=converted
     ) as embedder:
         assert np.isfinite(await call(embedder, method, FINE)).all()
         with pytest.raises(ComputationError, match=REMEDY.format(r"texts\[2\]")):
@@ -71,9 +77,9 @@ async def test_an_embedder_names_the_text(broken, call, method, backend, tmp_pat
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
-async def test_a_reranker_names_the_passage_and_ranks_nothing(broken, call, backend, tmp_path):
+async def test_a_reranker_names_the_passage_and_ranks_nothing(broken, call, backend, converted):
     folder = broken("bert_reranker_folder")
-    with Reranker(folder, backend=backend, cache_folder=tmp_path) as reranker:
+    with Reranker(folder, backend=backend, cache_folder=converted) as reranker:
         assert np.isfinite(await call(reranker, "score", "what?", FINE)).all()
         for method in ("score", "rank"):
             with pytest.raises(ComputationError, match=REMEDY.format("passage 2")):
