@@ -93,6 +93,8 @@ class Bert(torch.nn.Module):
         head: Make a head of one label.
     """
 
+    few_sizes = False  # unless its layers are laid out for oneDNN
+
     def __init__(self, shape: _Shape, *, head: bool) -> None:
         super().__init__()
         self.shape = shape

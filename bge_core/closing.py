@@ -10,12 +10,33 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from bge_core.errors import closed, closed_meanwhile
 
-__all__ = ["Closing"]
+__all__ = ["Closing", "ClosingAtExit"]
 
 Done = TypeVar("Done")
 
 
-class Closing(ABC):
+class ClosingAtExit(ABC):
+    """What `with` closes: a model, or an adapter of one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model."""
+
+    def __enter__(self) -> Self:
+        """Give the object itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        self.close()
+
+
+class Closing(ClosingAtExit):
     """A model that can be closed while others wait for it.
 
     Pickles and copies carry the configuration: what `_start` makes anew is in `_of_a_process`.
@@ -36,19 +57,6 @@ class Closing(ABC):
     @abstractmethod
     def _start(self) -> None:
         """Make what belongs to this process."""
-
-    def __enter__(self) -> Self:
-        """Give the model itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the model."""
-        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration, without weights, locks, connections or work in flight."""

@@ -184,9 +184,9 @@ class _Workers:
         while True:
             with self.ready:
                 pack = self._take(lane, runner, self.ceilings[index])
-                if not pack and self.closed:
-                    return
                 if not pack:
+                    if self.closed:
+                        return
                     # Queries wake it, too, and are no reason to rest longer.
                     self.ready.wait(rested and max(0.0, rested - time.monotonic()))
             if pack:

@@ -55,7 +55,6 @@ class M3Runner(PackedRunner):
         dtype: The encoder's number format, by name.
         device: Where the model is.
         budget: Tokens a pack may have unless the user says otherwise.
-        few_sizes: Whether the encoder's inputs should come in few sizes (see `Pack`).
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class M3Runner(PackedRunner):
         dtype: str,
         device: torch.device,
         budget: int,
-        few_sizes: bool,
     ) -> None:
         super().__init__(
             encoder,
@@ -75,7 +73,6 @@ class M3Runner(PackedRunner):
             device=device,
             padding_position=checkpoint.padding_position,
             budget=budget,
-            few_sizes=few_sizes,
         )
         self._checkpoint = checkpoint
         self._dtype = dtype

@@ -31,6 +31,8 @@ class StockEncoder:
         types: Whether it takes token types.
     """
 
+    few_sizes = False
+
     def __init__(self, model: Any, *, types: bool) -> None:
         self._model = model
         self._types = types

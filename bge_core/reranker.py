@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class Ranked:
     span: Span | None = None
 
 
-class Ranking(ABC):
+class Ranking(Protocol):
     """The two verbs that rank, made of the two that say the spans, too."""
 
     @abstractmethod

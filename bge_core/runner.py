@@ -42,6 +42,9 @@ Head = Callable[["Tensor"], "Tensor"]
 class Encoder(Protocol):
     """Computes the last layer's rows of a pack; what it is padded with has rows at the end."""
 
+    few_sizes: bool
+    """Whether its packs should come in few sizes (see `Pack`)."""
+
     def rows(self, pack: Pack) -> Tensor:
         """Compute the row of every token, [rows, hidden]."""
         ...
@@ -74,7 +77,6 @@ class PackedRunner:
         device: Where the model is.
         padding_position: Where positions are counted from; None for 0 (see `Pack`).
         budget: Tokens a pack may have unless the user says otherwise.
-        few_sizes: Whether the encoder's inputs should come in few sizes (see `Pack`).
     """
 
     padded = False
@@ -88,14 +90,12 @@ class PackedRunner:
         device: torch.device,
         padding_position: int | None,
         budget: int,
-        few_sizes: bool = False,
     ) -> None:
         self._encoder = encoder
         self._pooling = pooling
         self._head = head
         self._device = device
         self._padding_position = padding_position
-        self._few_sizes = few_sizes
         self.default_budget = budget
 
     @torch.inference_mode()
@@ -104,7 +104,7 @@ class PackedRunner:
         return self._outcome(self._pack(sequences))
 
     def _pack(self, sequences: Sequence[Tokens]) -> Pack:
-        return Pack(sequences, self._device, self._padding_position, self._few_sizes)
+        return Pack(sequences, self._device, self._padding_position, self._encoder.few_sizes)
 
     def _outcome(self, pack: Pack) -> NDArray[np.float32]:
         """Make one row a sequence, [n, width] float32."""
@@ -188,10 +188,8 @@ def load_runner(
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
     if bert is not None:
         # Ours alone: other models' code may look at the weights of a layer itself.
-        few_sizes = place.type == "cpu" and dtype == "float32" and lay_out(bert)
-        return _packed(
-            bert, checkpoint, pooling, bert.head, bert.shape, place, dtype, few_sizes=few_sizes
-        )
+        bert.few_sizes = place.type == "cpu" and dtype == "float32" and lay_out(bert)
+        return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         model.to(place)
@@ -305,21 +303,12 @@ def _packed(
     config: Any,
     device: torch.device,
     dtype: str,
-    *,
-    few_sizes: bool = False,
 ) -> PackedRunner:
     budget = _default_budget(config, device, dtype)
     if gives_m3(checkpoint, pooling):
         from bge_core.m3_runner import M3Runner
 
-        return M3Runner(
-            encoder,
-            checkpoint=checkpoint,
-            dtype=dtype,
-            device=device,
-            budget=budget,
-            few_sizes=few_sizes,
-        )
+        return M3Runner(encoder, checkpoint=checkpoint, dtype=dtype, device=device, budget=budget)
     return PackedRunner(
         encoder,
         pooling,
@@ -327,7 +316,6 @@ def _packed(
         device=device,
         padding_position=checkpoint.padding_position,
         budget=budget,
-        few_sizes=few_sizes,
     )
 
 

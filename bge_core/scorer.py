@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["M3Reranker", "Scorer", "make_scorer"]
 
 
-class Scorer(Protocol):
+class Scorer(Ranking, Protocol):
     """What scores passages against a query, on this machine or by a server."""
 
     @property
@@ -41,50 +41,6 @@ class Scorer(Protocol):
         self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score (query, passage) pairs, each for itself; see `Reranker.score_pairs`."""
-        ...
-
-    def rank(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[tuple[int, float]]:
-        """Rank passages by their score, best first; see `Reranker.rank`."""
-        ...
-
-    async def arank(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[tuple[int, float]]:
-        """Rank passages without blocking the event loop; see `rank`."""
-        ...
-
-    def rank_spans(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[Ranked]:
-        """Rank passages, and say what of each the score is of; see `Reranker.rank_spans`."""
-        ...
-
-    async def arank_spans(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[Ranked]:
-        """Rank passages without blocking the event loop; see `rank_spans`."""
         ...
 
     def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:

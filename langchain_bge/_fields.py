@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from bge_core import ArgumentError, M3Embedder, Scorer
+from bge_core.closing import ClosingAtExit
 from bge_core.embedder import DenseEmbedder
 from bge_core.errors import (
     fixed_argument,
@@ -50,7 +50,7 @@ else:
 __all__ = ["LocalModelFields", "ServedModelFields"]
 
 
-class LocalModelFields(BaseModel):
+class LocalModelFields(BaseModel, ClosingAtExit):
     """A checkpoint on this machine, as fields; each adapter adds what is its own.
 
     The model behind the fields is made at construction, which checks them and loads no weights.
@@ -159,19 +159,6 @@ class LocalModelFields(BaseModel):
     def close(self) -> None:
         """Let go of the model; the weights are freed when nobody else holds them."""
         self._core.close()
-
-    def __enter__(self) -> Self:
-        """Give the adapter itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the model."""
-        self.close()
 
     def model_copy(
         self,

@@ -7,7 +7,6 @@ import os
 import pickle
 from abc import abstractmethod
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from llama_index.core.bridge.pydantic import (
@@ -20,6 +19,7 @@ from llama_index.core.bridge.pydantic import (
 from llama_index.core.schema import BaseComponent
 
 from bge_core import M3Embedder, Scorer
+from bge_core.closing import ClosingAtExit
 from bge_core.embedder import DenseEmbedder
 from bge_core.errors import (
     fixed_argument,
@@ -72,7 +72,7 @@ ModelName = Annotated[str, BeforeValidator(_folder)]
 """A hub id or a folder."""
 
 
-class LocalModelComponent(BaseComponent):
+class LocalModelComponent(BaseComponent, ClosingAtExit):
     """Base of components that run a local model.
 
     The model is made of the fields at construction, which checks them and loads no weights. The
@@ -179,19 +179,6 @@ class LocalModelComponent(BaseComponent):
     def close(self) -> None:
         """Let go of the model; its weights are freed when nobody else holds them."""
         self._core.close()
-
-    def __enter__(self) -> Self:
-        """Give the component itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the model."""
-        self.close()
 
     @property
     @abstractmethod
