@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bge_core import Embedder
-from bge_core.checkpoint import load_tokenizer
+from bge_core.backends.loading import load_tokenizer
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from bge_core.errors import (
     MissingExtraError,
     TruncationError,
 )
-from bge_core.instructions import QueryExample
-from bge_core.m3 import M3Embedder, M3Outputs, M3Weights
-from bge_core.remote import RemoteEmbedder, RemoteReranker, make_embedder, make_reranker
-from bge_core.reranker import Ranked, Reranker
-from bge_core.scorer import M3Reranker, Scorer, make_scorer
+from bge_core.factory import make_embedder, make_reranker, make_scorer
+from bge_core.m3 import M3Embedder, M3Outputs, M3Reranker, M3Weights
+from bge_core.prompts import QueryExample
+from bge_core.reranker import Ranked, Reranker, Scorer
+from bge_core.servers.remote import RemoteEmbedder, RemoteReranker
 
 __all__ = [
     "ArgumentError",

@@ -17,18 +17,24 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_core.checkpoint import Checkpoint, Source, gives_m3, locate, read
+from bge_core.checkpoints.catalog import PROFILES
+from bge_core.checkpoints.metadata import is_m3_architecture, read
+from bge_core.checkpoints.source import Source, locate
+from bge_core.devices import Placement
 from bge_core.embedder import Embedder
 from bge_core.errors import BGEError, ComputationError
-from bge_core.placement import Placement
-from bge_core.profiles import PROFILES
 from bge_core.reranker import Reranker
 
+if TYPE_CHECKING:
+    from bge_core.checkpoints.metadata import Checkpoint
+
 __all__ = ["main"]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = (
     *("bge-adapters", "torch", "transformers", "sentence-transformers", "tokenizers"),
@@ -162,18 +168,18 @@ def _model(report: _Report, options: argparse.Namespace) -> None:
             _embedder(report, model, found)
         report.row("max_length", f"{model.max_length} tokens of {found.max_length}")
         start = time.perf_counter()
-        lanes = model._loaded().runners
+        runners = model._loaded().runners
         report.row("loaded in", f"{time.perf_counter() - start:.1f} s")
         report.row("computes on", f"{', '.join(model._placed()[0])}, {model.dtype}")
-        for lane, (runner, *_) in lanes.items():
+        for priority, (runner, *_) in runners.items():
             how = "padded" if runner.padded else "packed"
-            report.row(f"runs ({lane})", f"{how}, {type(runner).__name__}")
+            report.row(f"runs ({priority})", f"{how}, {type(runner).__name__}")
         report.row("fingerprint", model.fingerprint)
         _self_check(report, model)
 
 
 def _embedder(report: _Report, model: Embedder, found: Checkpoint) -> None:
-    query, document = model.query_instruction, model._frame.document
+    query, document = model.query_instruction, model._template.document
     if found.profile:
         origin = f"published for {found.profile.id}"
     elif "query" in found.prompts:
@@ -183,7 +189,7 @@ def _embedder(report: _Report, model: Embedder, found: Checkpoint) -> None:
     report.row("query instruction", f"{query!r} ({origin})")
     report.row("document instruction", repr(document))
     report.row("pooling", f"{found.pooling}, vectors are scaled to unit length")
-    if gives_m3(found, found.pooling):
+    if is_m3_architecture(found, found.pooling):
         report.row("outputs", ", ".join(["dense", *sorted(found.heads)]))
 
 

@@ -12,24 +12,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bge_core.checkpoint import Source
+from bge_core.arguments import check_long_passages, check_text, check_texts
+from bge_core.backends.output_cache import find_passes
+from bge_core.checkpoints.catalog import find_profile
+from bge_core.checkpoints.source import Source
+from bge_core.devices import Placement
+from bge_core.engine.call import run_off_loop
+from bge_core.engine.local_model import LocalModel
 from bge_core.errors import ArgumentError
-from bge_core.instructions import Frame, QueryExample, make_frame
-from bge_core.local_model import LocalModel, off_loop
-from bge_core.passes import Ask, find_passes
-from bge_core.placement import Placement
-from bge_core.profiles import Profile, find_profile
-from bge_core.tokens import check_long_passages, check_text, check_texts, is_few
-from bge_core.windows import MeanWindow, Window, cut_windows
+from bge_core.prompts import QueryExample, resolve_prompts
+from bge_core.tokenizer import Ask, can_check_inline
+from bge_core.windows import MeanWindow, cut_windows
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from bge_core.engine import Lane
+    from bge_core.checkpoints.catalog import Profile
+    from bge_core.engine.call import Call, Encode
+    from bge_core.engine.scheduler import Priority
     from bge_core.errors import ComputationError
-    from bge_core.local_model import Call, Encode
-    from bge_core.tokens import Tokenizer, Tokens
+    from bge_core.prompts import PromptTemplate
+    from bge_core.tokenizer import Tokenizer, TokenSequence
+    from bge_core.windows import Window
 
 __all__ = ["DenseEmbedder", "Embedder"]
 
@@ -71,7 +76,7 @@ class DenseEmbedder(ABC):
         self._normalize = normalize
         self._task_description = task_description
         self._examples = QueryExample.all_of(examples)
-        self._resolved: Frame | None = None
+        self._resolved: PromptTemplate | None = None
 
     @property
     @abstractmethod
@@ -107,32 +112,32 @@ class DenseEmbedder(ABC):
 
     @abstractmethod
     def _compute(
-        self, items: Sequence[str], *, lane: Lane, show_progress: bool = False
+        self, items: Sequence[str], *, priority: Priority, show_progress: bool = False
     ) -> NDArray[np.float32] | None:
         """Give a row a text, or None for no texts."""
 
     @abstractmethod
     async def _acompute(
-        self, items: Sequence[str], *, lane: Lane, show_progress: bool = False
+        self, items: Sequence[str], *, priority: Priority, show_progress: bool = False
     ) -> NDArray[np.float32] | None:
         """Give a row a text without blocking the event loop."""
 
     def _query_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return self._compute(queries, lane="query")
+        return self._compute(queries, priority="interactive")
 
     async def _aquery_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return await self._acompute(queries, lane="query")
+        return await self._acompute(queries, priority="interactive")
 
     @abstractmethod
-    def _not_finite(self, which: str) -> ComputationError:
+    def _non_finite_error(self, which: str) -> ComputationError:
         """Say that NaN or infinity came out."""
 
     @property
     def query_instruction(self) -> str:
         """What is put in front of a query, of a decoder its task; `""` for nothing."""
-        if self._frame.instruction is None:
+        if self._template.instruction is None:
             _warn_of_no_instruction(self.model, self._profile())
-        return self._frame.instruction or ""
+        return self._template.instruction or ""
 
     def embed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
         """Embed queries, with the model's query instruction in front.
@@ -156,7 +161,7 @@ class DenseEmbedder(ABC):
         """Embed queries without blocking the event loop; see `embed_queries`."""
         # A hub id may be downloaded to learn its instruction.
         known = self._resolved is not None
-        queries = await off_loop(self._queries, texts, inline=known and is_few(texts))
+        queries = await run_off_loop(self._queries, texts, inline=known and can_check_inline(texts))
         rows = await self._aquery_rows(queries)
         return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
 
@@ -180,33 +185,35 @@ class DenseEmbedder(ABC):
             TruncationError: A text is too long and `on_truncation="error"`.
         """
         documents = self._documents(texts)
-        return self._vectors(self._compute(documents, lane="bulk", show_progress=show_progress))
+        return self._vectors(
+            self._compute(documents, priority="background", show_progress=show_progress)
+        )
 
     async def aembed_documents(
         self, texts: Iterable[str], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Embed documents without blocking the event loop; see `embed_documents`."""
         documents = await asyncio.to_thread(self._documents, texts)
-        rows = await self._acompute(documents, lane="bulk", show_progress=show_progress)
+        rows = await self._acompute(documents, priority="background", show_progress=show_progress)
         return await asyncio.to_thread(self._vectors, rows)
 
     def _queries(self, texts: Iterable[str]) -> list[str]:
         checked = check_texts(texts, "texts")
-        if self._frame.instruction is None:
+        if self._template.instruction is None:
             _warn_of_no_instruction(self.model, self._profile())
-        before = self._frame.before
+        before = self._template.before
         return [f"{before}{text}" for text in checked] if before else checked
 
     def _documents(self, texts: Iterable[str]) -> list[str]:
         checked = check_texts(texts, "texts")
-        before = self._frame.document
+        before = self._template.document
         return [f"{before}{text}" for text in checked] if before else checked
 
     @property
-    def _frame(self) -> Frame:
+    def _template(self) -> PromptTemplate:
         if self._resolved is None:
             profile = self._profile()
-            self._resolved = make_frame(
+            self._resolved = resolve_prompts(
                 self.model,
                 profile,
                 {} if profile else self._prompts(),
@@ -223,7 +230,7 @@ class DenseEmbedder(ABC):
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             which = f"texts[{int(finite.argmin())}]"
-            raise self._not_finite(which)
+            raise self._non_finite_error(which)
         if self._normalize:
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
             rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -342,7 +349,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
         )
         known = self._source.is_local or find_profile(self.model) is not None
         if known or task is not None or task_description is not None or self._examples:
-            _ = self._frame  # making it is the check
+            _ = self._template  # making it is the check
 
     @property
     def dimension(self) -> int:
@@ -361,7 +368,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
         namespaces of caches.
         """
         found = self.checkpoint
-        frame = self._frame
+        frame = self._template
         parts = (
             self._content(),
             self._pooling or found.pooling,
@@ -377,13 +384,13 @@ class Embedder(LocalModel[str], DenseEmbedder):
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[Tokens], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[bool]]:
         return tokenizer.encode(items, max_length=self.max_length)
 
     def _encode_queries(
         self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[Tokens], list[bool]]:
-        frame = self._frame
+    ) -> tuple[list[TokenSequence], list[bool]]:
+        frame = self._template
         if not (frame.after or frame.examples):
             return self._encode(tokenizer, items)
         return tokenizer.encode_between(
@@ -403,7 +410,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
         self, tokenizer: Tokenizer, items: Sequence[str]
     ) -> tuple[list[list[Window]], list[bool]]:
         rooms = [tokenizer.single_room(self.max_length)] * len(items)
-        windows = cut_windows(tokenizer, rooms, items, lead=len(self._frame.document))
+        windows = cut_windows(tokenizer, rooms, items, lead=len(self._template.document))
         return windows, [False] * len(items)
 
     def _ask(self) -> Ask | None:
@@ -419,10 +426,10 @@ class Embedder(LocalModel[str], DenseEmbedder):
         return self.checkpoint.prompts
 
     def _query_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return self._compute(queries, lane="query", encode=self._encode_queries)
+        return self._compute(queries, priority="interactive", encode=self._encode_queries)
 
     async def _aquery_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return await self._acompute(queries, lane="query", encode=self._encode_queries)
+        return await self._acompute(queries, priority="interactive", encode=self._encode_queries)
 
 
 def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:

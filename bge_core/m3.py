@@ -13,25 +13,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bge_core.checkpoint import Source, gives_m3, load_head, no_head
+from bge_core.arguments import check_pairs, check_text, check_texts
+from bge_core.backends.loading import load_head
+from bge_core.backends.output_cache import share_passes
+from bge_core.checkpoints.catalog import find_profile
+from bge_core.checkpoints.metadata import is_m3_architecture, missing_head_error
+from bge_core.checkpoints.source import Source
+from bge_core.devices import Placement
+from bge_core.engine.call import Call, non_finite_error, run_off_loop, slices_of
+from bge_core.engine.local_model import LocalModel
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
-from bge_core.local_model import Call, LocalModel, not_finite, off_loop, slices_of
-from bge_core.passes import Ask, PassMemo, share_passes
-from bge_core.placement import Placement
-from bge_core.profiles import find_profile
-from bge_core.tokens import check_pairs, check_texts, is_few
+from bge_core.reranker import Ranked, Ranking, check_limits, rank_scores
+from bge_core.tokenizer import Ask, can_check_inline
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from bge_core.checkpoint import Checkpoint
-    from bge_core.engine import Lane, Rows
-    from bge_core.m3_runner import M3Row
-    from bge_core.profiles import Output
-    from bge_core.tokens import Tokenizer, Tokens
+    from bge_core.backends.m3_heads import M3Row
+    from bge_core.backends.output_cache import PassMemo
+    from bge_core.checkpoints.catalog import Output
+    from bge_core.checkpoints.metadata import Checkpoint
+    from bge_core.engine.scheduler import Priority, Rows
+    from bge_core.tokenizer import Tokenizer, TokenSequence
 
-__all__ = ["M3Embedder", "M3Outputs", "M3Weights"]
+__all__ = ["M3Embedder", "M3Outputs", "M3Reranker", "M3Weights"]
 
 # Texts whose token vectors are held at a time while pairs are scored: some 16,000 tokens of
 # English, 64 MiB at a width of 1,024.
@@ -257,7 +263,7 @@ class M3Embedder(LocalModel[str]):
         found = self.checkpoint
         for output in outputs:
             if output != "dense" and output not in found.heads:
-                raise no_head(found, output)
+                raise missing_head_error(found, output)
 
     def encode(
         self,
@@ -267,7 +273,7 @@ class M3Embedder(LocalModel[str]):
         sparse: bool = True,
         multi_vector: bool = False,
         return_tokens: bool = False,
-        lane: Lane = "bulk",
+        priority: Priority = "background",
         show_progress: bool = False,
     ) -> M3Outputs:
         """Encode texts; one forward pass a distinct text gives all that is asked for.
@@ -279,7 +285,7 @@ class M3Embedder(LocalModel[str]):
             multi_vector: Give a vector a token: 4 kB each in bge-m3, half a gigabyte for 250
                 texts of 512 tokens.
             return_tokens: Give the weighted tokens as text as well.
-            lane: `"query"` for what somebody waits for, `"bulk"` for documents.
+            priority: `"interactive"` for what somebody waits for, `"background"` for documents.
             show_progress: Show a progress bar.
 
         Returns:
@@ -296,7 +302,7 @@ class M3Embedder(LocalModel[str]):
         call = self._asked(texts, dense, sparse, multi_vector, return_tokens)
         if call.items:
             self._check_heads(call)
-            self._fill(call, lane=lane, show_progress=show_progress)
+            self._fill(call, priority=priority, show_progress=show_progress)
         return self._outputs(call, return_tokens=return_tokens)
 
     async def aencode(
@@ -307,15 +313,15 @@ class M3Embedder(LocalModel[str]):
         sparse: bool = True,
         multi_vector: bool = False,
         return_tokens: bool = False,
-        lane: Lane = "bulk",
+        priority: Priority = "background",
         show_progress: bool = False,
     ) -> M3Outputs:
         """Encode texts without blocking the event loop; see `encode`."""
         asked = dense, sparse, multi_vector, return_tokens
-        call = await off_loop(self._asked, texts, *asked, inline=is_few(texts))
+        call = await run_off_loop(self._asked, texts, *asked, inline=can_check_inline(texts))
         if call.items:
             await self._acheck_heads(call)
-            await self._afill(call, lane=lane, show_progress=show_progress)
+            await self._afill(call, priority=priority, show_progress=show_progress)
         return await asyncio.to_thread(self._outputs, call, return_tokens=return_tokens)
 
     def score(
@@ -348,7 +354,7 @@ class M3Embedder(LocalModel[str]):
         call = self._scoring(pairs, weights)
         if call.items:
             self._check_heads(call)
-            self._fill(call, lane="query", show_progress=show_progress)
+            self._fill(call, priority="interactive", show_progress=show_progress)
         return call.scores
 
     async def ascore(
@@ -359,10 +365,10 @@ class M3Embedder(LocalModel[str]):
         show_progress: bool = False,
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score`."""
-        call = await off_loop(self._scoring, pairs, weights, inline=is_few(pairs))
+        call = await run_off_loop(self._scoring, pairs, weights, inline=can_check_inline(pairs))
         if call.items:
             await self._acheck_heads(call)
-            await self._afill(call, lane="query", show_progress=show_progress)
+            await self._afill(call, priority="interactive", show_progress=show_progress)
         return call.scores
 
     def close(self) -> None:
@@ -390,7 +396,7 @@ class M3Embedder(LocalModel[str]):
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[Tokens], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[bool]]:
         return tokenizer.encode(items, max_length=self.max_length)
 
     def _asked(
@@ -424,9 +430,9 @@ class M3Embedder(LocalModel[str]):
         _check_make(self.checkpoint)
         for output in sorted(_outputs(call) - self._checked):
             if output != "dense":
-                from bge_core.engine import staying
+                from bge_core.engine.process import hold_interpreter_exit
 
-                with staying():
+                with hold_interpreter_exit():
                     load_head(self.checkpoint, output)
             self._checked |= {output}
 
@@ -461,7 +467,7 @@ class M3Embedder(LocalModel[str]):
         """Check a row, bring the dense vector to unit length and drop the tokens of no word."""
         arrays = (row.dense, None if row.sparse is None else row.sparse[1], row.multi_vector)
         if not all(array is None or np.isfinite(array).all() for array in arrays):
-            raise not_finite(self.model, call.name_of(place))
+            raise non_finite_error(self.model, call.name_of(place))
         dense, sparse = row.dense, {}
         if dense is not None:
             dense = dense / np.maximum(np.linalg.norm(dense), np.finfo(np.float32).tiny)
@@ -548,7 +554,9 @@ def _outputs(call: Call[str]) -> frozenset[Output]:
 
 
 def _check_make(checkpoint: Checkpoint) -> None:
-    if not gives_m3(checkpoint, checkpoint.pooling or ("cls" if checkpoint.heads else None)):
+    if not is_m3_architecture(
+        checkpoint, checkpoint.pooling or ("cls" if checkpoint.heads else None)
+    ):
         msg = (
             f"{checkpoint.name!r} is not of bge-m3's make, which is XLM-RoBERTa with CLS pooling "
             "and nothing beyond: give it to an embedding class, or use 'BAAI/bge-m3' here."
@@ -562,3 +570,141 @@ def _gives_no(name: str, output: Output) -> CheckpointError:
         "embedding class for this model's dense vectors."
     )
     return CheckpointError(msg)
+
+
+class M3Reranker(Ranking):
+    """bge-m3 in a reranker's place: dense, sparse and multi-vector scores in one.
+
+    Query and passages are encoded apart, the query once, so that a user of bge-m3 reranks with
+    the model that is loaded already.
+
+    Args:
+        embedder: The model; closing the reranker closes it.
+        weights: How much each of the three scores counts; None for 1, 0.3 and 1.
+
+    Raises:
+        CheckpointError: The checkpoint lacks the file of an output that counts.
+
+    Example:
+        >>> reranker = M3Reranker(M3Embedder("BAAI/bge-m3"), weights=M3Weights(sparse=0.5))
+        >>> ranked = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
+        >>> len(ranked), isinstance(ranked[0][1], float)
+        (1, True)
+    """
+
+    def __init__(
+        self, embedder: M3Embedder, *, weights: M3Weights | Mapping[str, float] | None = None
+    ) -> None:
+        self._embedder = embedder
+        self._weights = M3Weights.of(weights)
+        embedder.require(*sorted(self._weights.outputs))
+
+    @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        return self._embedder.model
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the scores."""
+        parts = (self._embedder.fingerprint, sorted(self._weights.named().items()))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that were asked for; see `LocalModel.devices`."""
+        return self._embedder.devices
+
+    def score(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
+        """Score passages against one query, which is encoded once.
+
+        Args:
+            query: The query.
+            passages: The passages.
+
+        Returns:
+            [n] float32, in order, as `M3Embedder.score` says: about 0 to 1, not a probability.
+
+        Raises:
+            BGEError: As `M3Embedder.score` says.
+        """
+        return self._embedder.score(_pairs(query, passages), weights=self._weights)
+
+    async def ascore(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
+        """Score passages without blocking the event loop; see `score`."""
+        pairs = await run_off_loop(_pairs, query, passages, inline=can_check_inline(passages))
+        return await self._embedder.ascore(pairs, weights=self._weights)
+
+    def score_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score (query, passage) pairs, each distinct text encoded once.
+
+        Args:
+            pairs: Pairs of str.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n] float32, in order, as `M3Embedder.score` says.
+
+        Raises:
+            BGEError: As `M3Embedder.score` says.
+        """
+        return self._embedder.score(pairs, weights=self._weights, show_progress=show_progress)
+
+    async def ascore_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score pairs without blocking the event loop; see `score_pairs`."""
+        return await self._embedder.ascore(
+            pairs, weights=self._weights, show_progress=show_progress
+        )
+
+    def rank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages as `rank` does; a score is of what was read, so no span is given."""
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        return _ranked(self.score(query, passages), top_n, score_threshold)
+
+    async def arank_spans(
+        self,
+        query: str,
+        passages: Iterable[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[Ranked]:
+        """Rank passages without blocking the event loop; see `rank_spans`."""
+        self.check_limits(top_n=top_n, score_threshold=score_threshold)
+        return _ranked(await self.ascore(query, passages), top_n, score_threshold)
+
+    def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
+        """Refuse a `top_n` or a threshold that can't be meant.
+
+        Raises:
+            ArgumentError: `top_n` is below 1, or the threshold is NaN.
+            InputTypeError: One of them is no number.
+        """
+        check_limits(top_n=top_n, score_threshold=score_threshold)
+
+    def close(self) -> None:
+        """Let go of the model; see `LocalModel.close`."""
+        self._embedder.close()
+
+
+def _ranked(
+    scores: NDArray[np.float32], top_n: int | None, score_threshold: float | None
+) -> list[Ranked]:
+    ranked = rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
+    return [Ranked(index, score) for index, score in ranked]
+
+
+def _pairs(query: str, passages: Iterable[str]) -> list[tuple[str, str]]:
+    query = check_text(query, "query")
+    return [(query, passage) for passage in check_texts(passages, "passages")]

@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_core.embedder import Embedder
+from bge_core.engine.call import progress_bar
 from bge_core.errors import ArgumentError, InputTypeError, MissingExtraError
-from bge_core.local_model import progress_bar
-
-try:
-    from mteb.models import ModelMeta
-    from mteb.models.abs_encoder import AbsEncoder
-    from mteb.models.model_meta import ScoringFunction
-    from mteb.types import PromptType
-except ImportError as exc:
-    msg = "bge_core.mteb needs the package mteb: run pip install 'bge-adapters[mteb]'."
-    raise MissingExtraError(msg) from exc
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,9 +25,20 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from typing_extensions import Unpack
 
-    from bge_core.scorer import Scorer
+    from bge_core.reranker import Scorer
 
 __all__ = ["MTEBCrossEncoder", "MTEBEncoder"]
+
+
+try:
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ScoringFunction
+    from mteb.types import PromptType
+except ImportError as exc:
+    msg = "bge_core.mteb needs the package mteb: run pip install 'bge-adapters[mteb]'."
+    raise MissingExtraError(msg) from exc
+
 
 # Enough for full packs on a GPU; a reranking task has millions of pairs.
 _PAIRS = 8192

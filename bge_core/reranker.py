@@ -13,30 +13,26 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from bge_core.checkpoint import Source
+from bge_core.arguments import check_long_passages, check_pairs, check_text, check_texts
+from bge_core.checkpoints.source import Source
+from bge_core.devices import Placement
+from bge_core.engine.call import run_off_loop
+from bge_core.engine.local_model import LocalModel
 from bge_core.errors import ArgumentError, InputTypeError
-from bge_core.local_model import Call, LocalModel, off_loop
-from bge_core.placement import Placement
-from bge_core.tokens import (
-    check_long_passages,
-    check_pairs,
-    check_text,
-    check_texts,
-    is_few,
-    is_small,
-)
-from bge_core.windows import BestWindow, Span, Window, cut_windows
+from bge_core.tokenizer import can_check_inline, can_tokenize_inline
+from bge_core.windows import BestWindow, cut_windows
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from bge_core.engine import Lane
+    from bge_core.engine.call import Call, Encode
+    from bge_core.engine.scheduler import Priority
     from bge_core.errors import ComputationError
-    from bge_core.local_model import Encode
-    from bge_core.tokens import Tokenizer, Tokens
+    from bge_core.tokenizer import Tokenizer, TokenSequence
+    from bge_core.windows import Span, Window
 
-__all__ = ["PairScorer", "Ranked", "Ranking", "Reranker", "check_limits", "rank_scores"]
+__all__ = ["PairScorer", "Ranked", "Ranking", "Reranker", "Scorer", "check_limits", "rank_scores"]
 
 Pair = tuple[str, str]
 
@@ -157,18 +153,18 @@ class PairScorer(Ranking):
 
     @abstractmethod
     def _compute(
-        self, items: Sequence[Pair], *, lane: Lane, show_progress: bool = False
+        self, items: Sequence[Pair], *, priority: Priority, show_progress: bool = False
     ) -> NDArray[np.float32] | None:
         """Give a row of one logit a pair, or None for no pairs."""
 
     @abstractmethod
     async def _acompute(
-        self, items: Sequence[Pair], *, lane: Lane, show_progress: bool = False
+        self, items: Sequence[Pair], *, priority: Priority, show_progress: bool = False
     ) -> NDArray[np.float32] | None:
         """Give a row of one logit a pair without blocking the event loop."""
 
     @abstractmethod
-    def _not_finite(self, which: str) -> ComputationError:
+    def _non_finite_error(self, which: str) -> ComputationError:
         """Say that NaN or infinity came out."""
 
     def score(
@@ -198,7 +194,7 @@ class PairScorer(Ranking):
         self, query: str, passages: Iterable[str], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
-        pairs = await off_loop(_pairs, query, passages, inline=is_few(passages))
+        pairs = await run_off_loop(_pairs, query, passages, inline=can_check_inline(passages))
         return self._shown(await self._alogits(pairs, show_progress=show_progress))
 
     def score_pairs(
@@ -226,7 +222,7 @@ class PairScorer(Ranking):
         self, pairs: Iterable[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score_pairs`."""
-        known = await off_loop(check_pairs, pairs, inline=is_few(pairs))
+        known = await run_off_loop(check_pairs, pairs, inline=can_check_inline(pairs))
         return self._shown(await self._alogits(known, show_progress=show_progress))
 
     def rank_spans(
@@ -267,7 +263,7 @@ class PairScorer(Ranking):
     ) -> list[Ranked]:
         """Rank passages without blocking the event loop; see `rank_spans`."""
         self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        pairs = await off_loop(_pairs, query, passages, inline=is_few(passages))
+        pairs = await run_off_loop(_pairs, query, passages, inline=can_check_inline(passages))
         logits, spans = await self._ascored(pairs)
         return self._ranked(logits, spans, top_n, score_threshold)
 
@@ -287,12 +283,14 @@ class PairScorer(Ranking):
             raise ArgumentError(msg)
 
     def _logits(self, pairs: list[Pair], *, show_progress: bool = False) -> NDArray[np.float32]:
-        return self._checked(self._compute(pairs, lane="query", show_progress=show_progress))
+        return self._checked(
+            self._compute(pairs, priority="interactive", show_progress=show_progress)
+        )
 
     async def _alogits(
         self, pairs: list[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
-        rows = await self._acompute(pairs, lane="query", show_progress=show_progress)
+        rows = await self._acompute(pairs, priority="interactive", show_progress=show_progress)
         return self._checked(rows)
 
     def _scored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
@@ -309,7 +307,7 @@ class PairScorer(Ranking):
         finite = np.isfinite(logits)
         if not finite.all():
             which = f"passage {int(finite.argmin())}"
-            raise self._not_finite(which)
+            raise self._non_finite_error(which)
         return logits
 
     def _shown(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -436,17 +434,17 @@ class Reranker(LocalModel[Pair], PairScorer):
             return super()._scored(pairs)
         self._check_open()
         call = self._call(pairs)
-        self._fill(call, lane="query")
+        self._fill(call, priority="interactive")
         return self._checked(call.stacked()), _spans(call)
 
     async def _ascored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
         if self._long_passages == "truncate" or not pairs:
             return await super()._ascored(pairs)
         self._check_open()
-        small = is_small(pairs)
-        call = await off_loop(self._call, pairs, inline=small)
-        await self._afill(call, lane="query")
-        return self._checked(await off_loop(call.stacked, inline=small)), _spans(call)
+        small = can_tokenize_inline(pairs)
+        call = await run_off_loop(self._call, pairs, inline=small)
+        await self._afill(call, priority="interactive")
+        return self._checked(await run_off_loop(call.stacked, inline=small)), _spans(call)
 
     def _call(self, items: Sequence[Pair], encode: Encode[Pair] | None = None) -> Call[Pair]:
         if self._long_passages == "window":
@@ -472,7 +470,7 @@ class Reranker(LocalModel[Pair], PairScorer):
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[Pair]
-    ) -> tuple[list[Tokens], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[bool]]:
         queries, passages = zip(*items, strict=True)
         found = self.checkpoint
         if found.pair_prompt is not None:
@@ -540,3 +538,31 @@ def _spans(call: Call[Pair]) -> list[Span] | None:
 def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:
     query = check_text(query, "query")
     return [(query, passage) for passage in check_texts(passages, "passages")]
+
+
+class Scorer(Ranking, Protocol):
+    """What scores passages against a query, on this machine or by a server."""
+
+    @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the scores."""
+        ...
+
+    def score_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Score (query, passage) pairs, each for itself; see `Reranker.score_pairs`."""
+        ...
+
+    def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
+        """Refuse a `top_n` or a threshold that can't be meant; see `Reranker.check_limits`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model."""
+        ...

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bge_core.engine.call import Call, Item, slices_of
 from bge_core.errors import ArgumentError
-from bge_core.local_model import Call, Item, slices_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bge_core.engine import Rows
-    from bge_core.passes import Ask
-    from bge_core.tokens import Room, Tokenizer, Tokens
+    from bge_core.engine.scheduler import Rows
+    from bge_core.tokenizer import Ask, Room, Tokenizer, TokenSequence
 
 __all__ = ["BestWindow", "MeanWindow", "Span", "Window", "cut_windows"]
 
@@ -41,7 +40,7 @@ class Window:
         span: The characters of the passage that it reads.
     """
 
-    tokens: Tokens
+    tokens: TokenSequence
     span: Span
 
 
@@ -145,7 +144,7 @@ class _Windowed(Call[Item]):
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[Item]
-    ) -> tuple[list[Tokens], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[bool]]:
         found, cut = self._cut(tokenizer, items)
         self._due.append([[window.span for window in windows] for windows in found])
         sequences = []

@@ -19,14 +19,14 @@ from pydantic import (
 )
 
 from bge_core import ArgumentError, M3Embedder, Scorer
-from bge_core.closing import ClosingAtExit
 from bge_core.embedder import DenseEmbedder
-from bge_core.errors import (
-    fixed_argument,
-    known_arguments,
+from bge_core.host_fields import (
+    check_argument_names,
+    frozen_field_error,
     refuse_positional,
-    refused_arguments,
+    validation_error,
 )
+from bge_core.lifecycle import ContextManaged
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ else:
 __all__ = ["LocalModelFields", "ServedModelFields"]
 
 
-class LocalModelFields(BaseModel, ClosingAtExit):
+class LocalModelFields(BaseModel, ContextManaged):
     """A checkpoint on this machine, as fields; each adapter adds what is its own.
 
     The model behind the fields is made at construction, which checks them and loads no weights.
@@ -111,7 +111,7 @@ class LocalModelFields(BaseModel, ClosingAtExit):
     """A hub token for private models."""
 
     _core: DenseEmbedder | M3Embedder | Scorer = PrivateAttr()
-    _moved: ClassVar[Mapping[str, str]] = {}
+    _renamed_arguments: ClassVar[Mapping[str, str]] = {}
 
     if not TYPE_CHECKING:  # type checkers know the arguments from the fields
 
@@ -124,23 +124,25 @@ class LocalModelFields(BaseModel, ClosingAtExit):
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
             known, owner = {*type(self).model_fields, "model_name"}, type(self).__name__
-            arguments = known_arguments(owner, arguments, known=known, moved=self._moved)
+            arguments = check_argument_names(
+                owner, arguments, known=known, moved=self._renamed_arguments
+            )
             try:
-                super().__init__(**self._first_class(arguments))
+                super().__init__(**self._normalize_arguments(arguments))
             except ValidationError as exc:
-                raise refused_arguments(owner, exc.errors(include_url=False)) from exc
+                raise validation_error(owner, exc.errors(include_url=False)) from exc
             self._core = self._make_core()
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Set a field, unless the model behind it was made with the old value."""
             field = type(self).model_fields.get(name)
             if field is not None and field.frozen:
-                raise fixed_argument(type(self).__name__, name)
+                raise frozen_field_error(type(self).__name__, name)
             try:
                 super().__setattr__(name, value)
             except ValidationError as exc:
                 owner = type(self).__name__
-                raise refused_arguments(owner, exc.errors(include_url=False)) from exc
+                raise validation_error(owner, exc.errors(include_url=False)) from exc
 
     @property
     def model_name(self) -> str:
@@ -189,7 +191,7 @@ class LocalModelFields(BaseModel, ClosingAtExit):
         return self.model_copy()
 
     @classmethod
-    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """Rewrite what was given in another library's words, or refuse it in a sentence."""
         if "model" in arguments and "model_name" in arguments:
             msg = "model and model_name are one argument with two names: pass one of them."

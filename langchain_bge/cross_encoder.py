@@ -59,9 +59,9 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
         return scores
 
     @classmethod
-    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         keys = {**MODEL_KEYS, "max_length": "max_length"}
-        return fold(super()._first_class(arguments), of="model_kwargs", keys=keys)
+        return fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=keys)
 
     def _make_core(self) -> PairScorer:
         return make_reranker(self.model, normalize=self.normalize, **self._shared())

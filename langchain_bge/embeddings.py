@@ -10,8 +10,8 @@ from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, QueryExample, make_embedder
+from bge_core.arguments import check_text
 from bge_core.embedder import DenseEmbedder
-from bge_core.tokens import check_text
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
 
@@ -93,7 +93,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     since batches are sized in tokens (`batch_tokens`)."""
 
     _core: DenseEmbedder = PrivateAttr()
-    _moved: ClassVar[Mapping[str, str]] = _MOVED
+    _renamed_arguments: ClassVar[Mapping[str, str]] = _MOVED
 
     @property
     def dimension(self) -> int:
@@ -142,8 +142,8 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
         return _rows(await self._core.aembed_queries([check_text(text, "text")]))[0]
 
     @classmethod
-    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        folded = fold(super()._first_class(arguments), of="model_kwargs", keys=MODEL_KEYS)
+    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        folded = fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=MODEL_KEYS)
         folded = fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
         if folded.get("examples") is None:
             return folded

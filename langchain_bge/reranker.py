@@ -145,8 +145,8 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         return _results(ranked)
 
     @classmethod
-    def _first_class(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        arguments = super()._first_class(arguments)
+    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        arguments = super()._normalize_arguments(arguments)
         if arguments.get("m3_weights") is None:
             return arguments
         return {**arguments, "m3_weights": M3Weights.of(arguments["m3_weights"])}

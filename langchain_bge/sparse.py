@@ -80,11 +80,11 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         Raises:
             BGEError: As `bge_core.M3Embedder.encode` says.
         """
-        return _vectors(self._core.encode([text], dense=False, lane="query"))[0]
+        return _vectors(self._core.encode([text], dense=False, priority="interactive"))[0]
 
     async def aembed_query(self, text: str) -> SparseVector:
         """Weigh the tokens of a query without blocking the event loop; see `embed_query`."""
-        return _vectors(await self._core.aencode([text], dense=False, lane="query"))[0]
+        return _vectors(await self._core.aencode([text], dense=False, priority="interactive"))[0]
 
     def _make_core(self) -> M3Embedder:
         core = M3Embedder(self.model, share_passes=True, **self._shared())

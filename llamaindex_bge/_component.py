@@ -19,14 +19,14 @@ from llama_index.core.bridge.pydantic import (
 from llama_index.core.schema import BaseComponent
 
 from bge_core import M3Embedder, Scorer
-from bge_core.closing import ClosingAtExit
 from bge_core.embedder import DenseEmbedder
-from bge_core.errors import (
-    fixed_argument,
-    known_arguments,
+from bge_core.host_fields import (
+    check_argument_names,
+    frozen_field_error,
     refuse_positional,
-    refused_arguments,
+    validation_error,
 )
+from bge_core.lifecycle import ContextManaged
 
 __all__ = ["LocalModelComponent", "ModelName", "ServedModelComponent"]
 
@@ -72,7 +72,7 @@ ModelName = Annotated[str, BeforeValidator(_folder)]
 """A hub id or a folder."""
 
 
-class LocalModelComponent(BaseComponent, ClosingAtExit):
+class LocalModelComponent(BaseComponent, ContextManaged):
     """Base of components that run a local model.
 
     The model is made of the fields at construction, which checks them and loads no weights. The
@@ -160,11 +160,11 @@ class LocalModelComponent(BaseComponent, ClosingAtExit):
         def __init__(self, **arguments: Any) -> None:
             """Check the arguments and the model that they describe; loads no weights."""
             known, owner = type(self).model_fields, type(self).__name__
-            arguments = known_arguments(owner, arguments, known=known, moved=_MOVED)
+            arguments = check_argument_names(owner, arguments, known=known, moved=_MOVED)
             try:
                 super().__init__(**arguments)
             except ValidationError as exc:
-                raise refused_arguments(owner, exc.errors(include_url=False)) from exc
+                raise validation_error(owner, exc.errors(include_url=False)) from exc
             self._core  # noqa: B018 - making the model is the check
 
     @property
@@ -192,11 +192,11 @@ class LocalModelComponent(BaseComponent, ClosingAtExit):
         """Set a field, unless the model behind it was made with the old value."""
         field = type(self).model_fields.get(name)
         if field is not None and field.frozen:
-            raise fixed_argument(type(self).__name__, name)
+            raise frozen_field_error(type(self).__name__, name)
         try:
             super().__setattr__(name, value)
         except ValidationError as exc:
-            raise refused_arguments(type(self).__name__, exc.errors(include_url=False)) from exc
+            raise validation_error(type(self).__name__, exc.errors(include_url=False)) from exc
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:  # noqa: ARG002
         """Make another component of the same fields; weights are shared, never copied.

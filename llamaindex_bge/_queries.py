@@ -16,7 +16,7 @@ from llama_index.core.instrumentation.events.embedding import (
     EmbeddingStartEvent,
 )
 
-from bge_core.tokens import check_text, check_texts
+from bge_core.arguments import check_text, check_texts
 
 __all__ = ["BatchedQueries"]
 

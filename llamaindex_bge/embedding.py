@@ -10,7 +10,7 @@ from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
 
 from bge_core import BGEError, QueryExample, make_embedder
 from bge_core.embedder import DenseEmbedder
-from bge_core.local_model import off_loop
+from bge_core.engine.call import run_off_loop
 from llamaindex_bge._component import ModelName, ServedModelComponent
 from llamaindex_bge._queries import BatchedQueries
 
@@ -164,7 +164,7 @@ class BGEEmbedding(ServedModelComponent, BatchedQueries):
 
     async def _aget_query_embeddings(self, queries: list[str]) -> list[Embedding]:
         vectors = await self._core.aembed_queries(queries)
-        return await off_loop(_rows, vectors, inline=len(vectors) == 1)
+        return await run_off_loop(_rows, vectors, inline=len(vectors) == 1)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return _rows(self._core.embed_documents(texts))
@@ -172,7 +172,7 @@ class BGEEmbedding(ServedModelComponent, BatchedQueries):
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         vectors = await self._core.aembed_documents(texts)
         # Thousands of vectors take a while to become Python floats.
-        return await off_loop(_rows, vectors, inline=len(vectors) == 1)
+        return await run_off_loop(_rows, vectors, inline=len(vectors) == 1)
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]

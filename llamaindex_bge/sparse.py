@@ -84,7 +84,7 @@ class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ign
 
         They are queries by what waits for them: they overtake an index build.
         """
-        return _batch(_given(self._core.encode(texts, dense=False, lane="query").sparse))
+        return _batch(_given(self._core.encode(texts, dense=False, priority="interactive").sparse))
 
     @property
     def _core(self) -> M3Embedder:
@@ -95,10 +95,10 @@ class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ign
         return self._embedder
 
     def _get_query_embedding(self, query: str) -> SparseEmbedding:
-        return _given(self._core.encode([query], dense=False, lane="query").sparse)[0]
+        return _given(self._core.encode([query], dense=False, priority="interactive").sparse)[0]
 
     async def _aget_query_embedding(self, query: str) -> SparseEmbedding:
-        encoded = await self._core.aencode([query], dense=False, lane="query")
+        encoded = await self._core.aencode([query], dense=False, priority="interactive")
         return _given(encoded.sparse)[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[SparseEmbedding]:

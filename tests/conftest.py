@@ -464,7 +464,7 @@ def _nobody_else_s_passes() -> None:
     The traceback of an error that was caught holds the model that raised it, until the garbage
     collector comes round, and while a model lives that shares passes, others find its halves.
     """
-    passes = sys.modules.get("bge_core.passes")
+    passes = sys.modules.get("bge_core.backends.output_cache")
     if passes is not None and passes._memos:
         gc.collect()
 
@@ -498,7 +498,7 @@ def running_server() -> Iterator[Server]:
 def server(running_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A server on loopback that does as it is told; `allow_hosts` lets a module reach it."""
     running_server.reset()
-    monkeypatch.setattr("bge_core.endpoint._WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr("bge_core.servers.http._WAITS", (0.01, 0.02, 0.03))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return running_server
 

@@ -23,13 +23,13 @@ README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 MODULES = (
     "bge_core.embedder",
-    "bge_core.instructions",
+    "bge_core.prompts",
     "bge_core.m3",
     "bge_core.mteb",
     "bge_core.ray",
-    "bge_core.remote",
+    "bge_core.servers.remote",
     "bge_core.reranker",
-    "bge_core.scorer",
+    "bge_core.factory",
     "langchain_bge.cross_encoder",
     "langchain_bge.embeddings",
     "langchain_bge.reranker",
@@ -46,7 +46,7 @@ def examples() -> list[object]:
         text = page.read_text(encoding="utf-8")
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if page == README and "bge_core.ray" in match.group(1):
-                continue  # a cluster opens sockets: tests/bge_core/test_ray.py runs it elsewhere
+                continue  # a cluster opens sockets: tests/bge_core/scale/test_ray.py runs it elsewhere
             line = text[: match.start()].count("\n") + 2
             found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
     return found

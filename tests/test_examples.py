@@ -252,7 +252,7 @@ def test_embedded_shards_are_loaded_and_searched(tmp_path, stand_in_folder):
     from qdrant_client import QdrantClient
 
     from bge_core import Embedder
-    from bge_core.ray import Embed
+    from bge_core.scale.steps import Embed
 
     embedder = Embedder(stand_in_folder, query_instruction="")
     for shard, texts in enumerate((["Cats purr.", "Water boils."], ["Paris is in France."])):

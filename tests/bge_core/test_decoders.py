@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-import bge_core.runner
+import bge_core.backends.select
 from bge_core import (
     ArgumentError,
     CheckpointError,
@@ -22,7 +22,7 @@ from bge_core import (
     TruncationError,
     make_scorer,
 )
-from bge_core.placement import Placement
+from bge_core.devices import Placement
 
 WEB = "Given a web search query, retrieve relevant passages that answer the query."
 SQL = (
@@ -209,7 +209,7 @@ def test_a_query_that_is_cut_keeps_its_suffix_and_examples_don_t_count(
 
 
 def test_cut_queries_are_counted_or_refused(icl_folder, caplog):
-    caplog.set_level(logging.WARNING, logger="bge_core.tokens")
+    caplog.set_level(logging.WARNING, logger="bge_core.tokenizer")
     long = "one two three " * 40
     with Embedder(icl_folder, task_description="", max_length=40) as embedder:
         embedder.embed_queries([long, "short", long])
@@ -454,7 +454,7 @@ async def test_scores_are_the_logits_of_yes(
 ):
     caplog.set_level(logging.DEBUG, logger="bge_core")
     if padded:
-        monkeypatch.setattr(bge_core.runner, "_stock_encoder", lambda *_: None)
+        monkeypatch.setattr(bge_core.backends.select, "stock_encoder", lambda *_: None)
     with Reranker(
         gemma_reranker_folder, normalize=False, max_length=max_length, on_truncation="ignore"
     ) as reranker:
@@ -484,7 +484,7 @@ async def test_ranks_and_thresholds_are_those_of_every_reranker(
 
 
 def test_a_pair_never_is_longer_than_the_model(gemma_reranker_folder, copy_of, caplog):
-    caplog.set_level(logging.WARNING, logger="bge_core.tokens")
+    caplog.set_level(logging.WARNING, logger="bge_core.tokenizer")
     folder = copy_of(gemma_reranker_folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))

@@ -23,9 +23,8 @@ from bge_core import (
     ComputationError,
     Embedder,
     TruncationError,
-    checkpoint,
-    runner,
 )
+from bge_core.backends import loading, select
 
 EN = "Represent this sentence for searching relevant passages: "
 ZH = "为这个句子生成表示以用于检索相关文章："
@@ -602,7 +601,7 @@ async def test_the_event_loop_s_thread_neither_loads_nor_computes(
     en_folder, copy_of, monkeypatch, computed, method
 ):
     threads = []
-    for module, name in ((checkpoint, "load_tokenizer"), (runner, "load_runner")):
+    for module, name in ((loading, "load_tokenizer"), (select, "load_runner")):
         load = getattr(module, name)
 
         def remember(*args, _load=load, **options):

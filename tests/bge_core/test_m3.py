@@ -26,7 +26,7 @@ from bge_core import (
     M3Weights,
     TruncationError,
 )
-from bge_core.passes import PassMemo, find_passes
+from bge_core.backends.output_cache import PassMemo, find_passes
 
 TEXTS = [
     "Paris is the capital and the largest city of France, on the river Seine.",
@@ -373,7 +373,7 @@ async def test_two_halves_of_one_m3_embedder_take_one_pass(call, m3_folder, comp
     with M3Embedder(m3_folder, share_passes=True) as m3:
         await call(m3, "encode", TEXTS, sparse=False)
         tokens = computed.tokens
-        await call(m3, "encode", TEXTS, dense=False, lane="query")
+        await call(m3, "encode", TEXTS, dense=False, priority="interactive")
         assert computed.tokens == tokens
 
 
@@ -445,7 +445,7 @@ def test_a_query_with_an_instruction_is_another_text(m3_folder, computed):
     ):
         dense.embed_queries(["cat"])
         computed.passes.clear()
-        m3.encode(["cat"], dense=False, lane="query")
+        m3.encode(["cat"], dense=False, priority="interactive")
         assert computed.passes
 
 
@@ -492,7 +492,7 @@ async def test_tasks_share_packs(m3_folder, computed):
     with M3Embedder(m3_folder) as m3:
         await m3.aencode(["warm"])
         computed.passes.clear()
-        await asyncio.gather(*(m3.aencode([f"cat {n}"], lane="query") for n in range(20)))
+        await asyncio.gather(*(m3.aencode([f"cat {n}"], priority="interactive") for n in range(20)))
         assert len(computed.passes) < 20
 
 

@@ -21,7 +21,7 @@ from bge_core import (
     TruncationError,
     make_scorer,
 )
-from bge_core.engine import Engine
+from bge_core.engine.scheduler import Engine
 from bge_core.windows import BestWindow
 
 QUERY = "Where is the capital of France?"
@@ -212,7 +212,7 @@ async def test_a_language_model_is_asked_about_each_window(gemma_reranker_folder
 def test_places_lead_to_the_text_as_it_was_given(bert_reranker_folder):
     from tokenizers import Tokenizer as Backend
 
-    from bge_core.tokens import Tokenizer
+    from bge_core.tokenizer import Tokenizer
 
     backend = Backend.from_file(str(bert_reranker_folder / "tokenizer.json"))
     tokenizer = Tokenizer(backend, lower_case=True)
@@ -268,7 +268,7 @@ async def test_each_window_has_the_instruction_of_documents(llm_embedder_folder,
     with Embedder(
         llm_embedder_folder, max_length=40, normalize=False, long_passages="window"
     ) as embedder:
-        lead = embedder._frame.document
+        lead = embedder._template.document
         vectors = await call(embedder, "embed_documents", [LONG, "Rome"])
         pooling = embedder.checkpoint.pooling
     assert lead
@@ -282,7 +282,7 @@ async def test_each_window_has_the_instruction_of_documents(llm_embedder_folder,
 
 
 async def test_nothing_is_cut_but_queries(bert_reranker_folder, en_folder, call, caplog):
-    caplog.set_level(logging.WARNING, logger="bge_core.tokens")
+    caplog.set_level(logging.WARNING, logger="bge_core.tokenizer")
     options = {"max_length": 20, "long_passages": "window"}
     with Reranker(bert_reranker_folder, **options) as reranker:
         await call(reranker, "score", "cat", [LONG, ""])

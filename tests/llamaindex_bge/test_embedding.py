@@ -124,7 +124,7 @@ def test_whole_batches_reach_the_core(en_folder: Path, monkeypatch: Any):
 
 def test_truncation_is_said(en_folder: Path, caplog: Any):
     model = BGEEmbedding(model_name=en_folder, max_length=5)
-    with caplog.at_level(logging.WARNING, logger="bge_core.tokens"):
+    with caplog.at_level(logging.WARNING, logger="bge_core.tokenizer"):
         model.get_text_embedding_batch([*TEXTS, TEXTS[0] + "!"])
     assert len(caplog.records) == 1
     strict = BGEEmbedding(model_name=en_folder, max_length=5, on_truncation="error")

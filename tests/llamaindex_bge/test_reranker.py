@@ -99,7 +99,7 @@ async def test_a_long_query_never_raises(reranker_folder: Path, call: Any, refer
 
 def test_truncation_is_said(reranker_folder: Path, caplog: Any):
     model = BGEReranker(model=reranker_folder, max_length=20)
-    with caplog.at_level(logging.WARNING, logger="bge_core.tokens"):
+    with caplog.at_level(logging.WARNING, logger="bge_core.tokenizer"):
         model.postprocess_nodes(nodes_of(*TEXTS), query_str=QUERY)
     assert len(caplog.records) == 1
     strict = BGEReranker(model=reranker_folder, max_length=20, on_truncation="error")

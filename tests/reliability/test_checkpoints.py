@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bge_core import BGEError, CheckpointError, Embedder, M3Embedder, Reranker
-from bge_core.scorer import make_scorer
+from bge_core.factory import make_scorer
 
 Model = Embedder | M3Embedder | Reranker
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 import langchain_bge
 import llamaindex_bge
 from bge_core import ComputationError, Embedder, M3Embedder, Reranker
-from bge_core.bert import load_bert
-from bge_core.scorer import make_scorer
+from bge_core.backends.bert import load_bert
+from bge_core.factory import make_scorer
 
 FINE, BROKEN = ["a cat", "a dog"], "a panda"
 TEXTS = [*FINE, BROKEN]
@@ -112,7 +112,7 @@ async def test_half_precision_that_overflows_is_refused(m3_folder, tmp_path, cal
     with Embedder(folder, dtype="float32") as whole:
         assert np.isfinite(await call(whole, "embed_documents", TEXTS)).all()
         # A CPU computes float16 as float32 here, so this is what a GPU would have.
-        (runner,) = whole._loaded().runners["bulk"]
+        (runner,) = whole._loaded().runners["background"]
         runner._encoder = load_bert(
             whole.checkpoint, kind="embedder", dtype=torch.float16, device=torch.device("cpu")
         )

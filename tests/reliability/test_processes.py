@@ -17,7 +17,7 @@ import pytest
 import langchain_bge
 import llamaindex_bge
 from bge_core import Embedder, M3Embedder, Reranker
-from bge_core.scorer import make_scorer
+from bge_core.factory import make_scorer
 
 # The end.
 
@@ -32,7 +32,7 @@ def test_a_daemon_thread_that_loads_a_model_does_not_crash_the_end(script, en_fo
         # Called last of all: the first to be registered.
         atexit.register(lambda: os.write(1, f"{loaded.is_set()}\\n".encode()))
         from bge_core import Embedder
-        from bge_core.local_model import LocalModel
+        from bge_core.engine.local_model import LocalModel
 
         once = LocalModel._new_engine
 
@@ -60,8 +60,8 @@ def test_a_daemon_thread_that_loads_a_model_does_not_crash_the_end(script, en_fo
     assert done.stdout == "True\n"
 
 
-@pytest.mark.parametrize("lane", ["embed_documents", "embed_queries"])
-def test_a_long_pass_is_left_at_its_next_module(script, en_folder: Path, lane: str):
+@pytest.mark.parametrize("priority", ["embed_documents", "embed_queries"])
+def test_a_long_pass_is_left_at_its_next_module(script, en_folder: Path, priority: str):
     done = script(
         f"""
         import atexit, os, threading, time
@@ -82,7 +82,7 @@ def test_a_long_pass_is_left_at_its_next_module(script, en_folder: Path, lane: s
 
         def work():
             try:
-                embedder.{lane}(["a text"] * 9)
+                embedder.{priority}(["a text"] * 9)
             except BaseException as error:
                 os.write(1, f"{{type(error).__name__}}\\n".encode())
 

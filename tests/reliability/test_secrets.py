@@ -16,7 +16,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 import langchain_bge
 import llamaindex_bge
 from bge_core import ArgumentError, BGEError, Embedder, M3Embedder, Reranker
-from bge_core.checkpoint import Source
+from bge_core.checkpoints.source import Source
 from tests.contract.llamaindex_suite import LegacyRecorder, recorded
 
 __all__ = ["recorded"]

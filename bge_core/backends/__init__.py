@@ -1,0 +1,1 @@
+"""Token ids to arrays: what computes a pack or a batch."""

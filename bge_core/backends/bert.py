@@ -1,0 +1,267 @@
+"""BERT and RoBERTa encoders on packs, read straight from a checkpoint's weights.
+
+transformers' own modelling code takes seconds to import, and every published BGE encoder is one of
+these. A checkpoint that deviates in any way (another activation, relative positions, a tensor that
+is missing or of another shape) is left to transformers, whose errors are also the better ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bge_core.backends.loading import out_of_memory_error
+from bge_core.backends.packing import attend, attend_first
+from bge_core.checkpoints.files import weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bge_core.backends.packing import Pack
+    from bge_core.checkpoints.metadata import Checkpoint, Kind
+
+__all__ = ["FAMILIES", "Bert", "load_bert"]
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("bert", "roberta", "xlm-roberta")
+"""The families, by `model_type`, that share this architecture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """The sizes in a config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, shape: _Shape) -> None:
+        super().__init__()
+        width = shape.hidden_size
+        self._heads = (shape.num_attention_heads, width // shape.num_attention_heads)
+        self.query = torch.nn.Linear(width, width)
+        self.key_value = torch.nn.Linear(width, 2 * width)
+        self.attended = torch.nn.Linear(width, width)
+        self.attended_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
+        self.up = torch.nn.Sequential(
+            torch.nn.Linear(width, shape.intermediate_size), torch.nn.GELU()
+        )
+        self.down = torch.nn.Linear(shape.intermediate_size, width)
+        self.down_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
+
+    def forward(self, hidden: Tensor, pack: Pack) -> Tensor:
+        """Compute every row, [rows, hidden] -> [rows, hidden]."""
+        queries = self.query(hidden).view(-1, *self._heads)
+        keys, values = self._keys_and_values(hidden)
+        return self._after(attend(queries, keys, values, pack), hidden)
+
+    def first_rows(self, hidden: Tensor, pack: Pack) -> Tensor:
+        """Compute the row of each sequence's first token only, [rows, hidden] -> [n, hidden].
+
+        Of the other rows it takes the keys and values alone, so the rest isn't computed.
+        """
+        first = hidden[pack.first_rows()]
+        queries = self.query(first).view(-1, *self._heads)
+        keys, values = self._keys_and_values(hidden)
+        return self._after(attend_first(queries, keys, values, pack), first)
+
+    def _keys_and_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.key_value(hidden).view(-1, 2, *self._heads).unbind(1)
+        return keys, values
+
+    def _after(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        rows = self.attended_norm(self.attended(attended.flatten(1)) + hidden)
+        out: Tensor = self.down_norm(self.down(self.up(rows)) + rows)
+        return out
+
+
+class Bert(torch.nn.Module):
+    """An encoder and, of a reranker, its head.
+
+    Args:
+        shape: Its sizes.
+        head: Make a head of one label.
+    """
+
+    bucketed = False  # unless its layers are laid out for oneDNN
+
+    def __init__(self, shape: _Shape, *, head: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.hidden_size
+        self.words = _table(shape.vocab_size, width)
+        self.positions = _table(shape.max_position_embeddings, width)
+        self.types = _table(shape.type_vocab_size, width)
+        self.norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
+        self.layers = torch.nn.ModuleList(_Layer(shape) for _ in range(shape.num_hidden_layers))
+        # The pooler and classifier of BERT and the classifier of RoBERTa are one computation.
+        self.head = (
+            torch.nn.Sequential(
+                torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)
+            )
+            if head
+            else torch.nn.Identity()
+        )
+
+    def rows(self, pack: Pack) -> Tensor:
+        """Compute the last layer's row of every token, [rows, hidden]."""
+        hidden = self._embedded(pack)
+        for layer in self.layers:
+            hidden = layer(hidden, pack)
+        return hidden
+
+    def first_rows(self, pack: Pack) -> Tensor:
+        """Compute the last layer's row of each sequence's first token, [n, hidden]."""
+        hidden = self._embedded(pack)
+        layers: list[Any] = list(self.layers)
+        for layer in layers[:-1]:
+            hidden = layer(hidden, pack)
+        rows: Tensor = layers[-1].first_rows(hidden, pack)
+        return rows
+
+    def _embedded(self, pack: Pack) -> Tensor:
+        inputs = {name: tensor[0] for name, tensor in pack.inputs().items()}
+        hidden = self.words(inputs["input_ids"]) + self.types(inputs["token_type_ids"])
+        embedded: Tensor = self.norm(hidden + self.positions(inputs["position_ids"]))
+        return embedded
+
+
+def _table(rows: int, width: int) -> torch.nn.Embedding:
+    # Without the random numbers that the class would draw, for which torch imports its compiler.
+    return torch.nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
+def load_bert(
+    checkpoint: Checkpoint, *, kind: Kind, dtype: torch.dtype, device: torch.device
+) -> Bert | None:
+    """Load an encoder onto a device, if it is just what this module computes.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        kind: `"embedder"` or `"reranker"`.
+        dtype: The number format of the weights.
+        device: Where they go.
+
+    Returns:
+        The encoder, in evaluation mode; None for one that transformers had better load.
+
+    Raises:
+        ComputationError: It doesn't fit on the device.
+    """
+    config = json.loads((checkpoint.body / "config.json").read_text(encoding="utf-8"))
+    shape = _shape(config) if checkpoint.family in FAMILIES else None
+    files = weight_files(checkpoint.body)
+    if shape is None or len(files) != 1:
+        return None
+    try:
+        with torch.device("meta"):
+            model = Bert(shape, head=kind == "reranker")
+        weights = _renamed(_read(files[0]), shape.num_hidden_layers, head=kind == "reranker")
+        model.load_state_dict(
+            {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items()},
+            assign=True,
+        )
+    except torch.OutOfMemoryError as exc:
+        raise out_of_memory_error(checkpoint.name, device) from exc
+    except Exception as exc:  # noqa: BLE001 -- transformers reads it again, and says what is wrong
+        logger.debug("%r is left to transformers: %s", checkpoint.name, exc)
+        return None
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _shape(config: Mapping[str, Any]) -> _Shape | None:
+    """Give the sizes of what this module computes; None for anything that goes beyond it."""
+    beyond = (
+        "add_cross_attention",
+        "auto_map",
+        "is_decoder",
+        "pruned_heads",
+        "quantization_config",
+    )
+    if (
+        config.get("hidden_act") != "gelu"
+        or config.get("position_embedding_type", "absolute") != "absolute"
+        or any(config.get(name) for name in beyond)
+    ):
+        return None
+    try:
+        shape = _Shape(**{field.name: config[field.name] for field in fields(_Shape)})
+        return None if shape.hidden_size % shape.num_attention_heads else shape
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    read: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return read
+
+
+def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[str, Tensor]:
+    """Give the tensors their names here; those that aren't needed stay behind.
+
+    Raises:
+        KeyError: One is missing.
+    """
+    # Checkpoints that were converted from TensorFlow have these names.
+    weights = {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        ): tensor
+        for name, tensor in weights.items()
+    }
+    prefix = next(
+        prefix for prefix in ("", "bert.", "roberta.") if f"{prefix}{_WORDS}.weight" in weights
+    )
+    renamed = {
+        f"{ours}.weight": weights[f"{prefix}embeddings.{theirs}.weight"]
+        for ours, theirs in _EMBEDDINGS.items()
+    }
+    modules: dict[str, tuple[str, ...]] = {"norm": (f"{prefix}embeddings.LayerNorm",)}
+    for index in range(layers):
+        layer = f"{prefix}encoder.layer.{index}"
+        for ours, theirs in _LAYER.items():
+            modules[f"layers.{index}.{ours}"] = tuple(f"{layer}.{name}" for name in theirs)
+    if head:
+        of_bert = "classifier.dense.weight" not in weights
+        modules["head.0"] = (f"{prefix}pooler.dense" if of_bert else "classifier.dense",)
+        modules["head.2"] = ("classifier" if of_bert else "classifier.out_proj",)
+    for ours, theirs in modules.items():
+        for end in ("weight", "bias"):
+            parts = [weights[f"{name}.{end}"] for name in theirs]
+            renamed[f"{ours}.{end}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return renamed
+
+
+_WORDS = "embeddings.word_embeddings"
+_EMBEDDINGS = {
+    "words": "word_embeddings",
+    "positions": "position_embeddings",
+    "types": "token_type_embeddings",
+}
+_LAYER = {
+    "query": ("attention.self.query",),
+    "key_value": ("attention.self.key", "attention.self.value"),
+    "attended": ("attention.output.dense",),
+    "attended_norm": ("attention.output.LayerNorm",),
+    "up.0": ("intermediate.dense",),
+    "down": ("output.dense",),
+    "down_norm": ("output.LayerNorm",),
+}

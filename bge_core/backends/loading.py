@@ -1,0 +1,237 @@
+"""A checkpoint's tokenizer, weights and heads, loaded by transformers, torch and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from bge_core.checkpoints.files import JsonFile, first_line, weight_files
+from bge_core.checkpoints.metadata import HEADS, missing_head_error
+from bge_core.checkpoints.trust import check_shards
+from bge_core.errors import CheckpointError, ComputationError
+from bge_core.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from bge_core.checkpoints.catalog import Output
+    from bge_core.checkpoints.metadata import Checkpoint, Kind
+
+__all__ = ["load_head", "load_model", "load_tokenizer", "no_progress_bars", "out_of_memory_error"]
+
+# Those whose fast versions in transformers 4 went by tokenizer_config.json.
+_MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
+# Under transformers' word for them; the first that is there.
+_TOKENIZER_FILES = {
+    "tokenizer_file": ("tokenizer.json",),
+    "vocab_file": ("vocab.txt", "sentencepiece.bpe.model", "tokenizer.model"),
+}
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokenizer:
+    """Load a checkpoint's fast tokenizer.
+
+    Raises:
+        CheckpointError: It has none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    own = {
+        word: next((str(path) for name in names if (path := checkpoint.body / name).exists()), None)
+        for word, names in _TOKENIZER_FILES.items()
+    }
+    if own["tokenizer_file"] is None and own["vocab_file"] is None:
+        names = ", ".join(name for names in _TOKENIZER_FILES.values() for name in names)
+        msg = (
+            f"{checkpoint.name!r} has no tokenizer: {checkpoint.body} has none of {names}. Save it "
+            "there with tokenizer.save_pretrained(folder)."
+        )
+        raise CheckpointError(msg)
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            checkpoint.body,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            # transformers 4 would follow paths in tokenizer_config.json, which are its maker's.
+            **own,
+        )
+    except Exception as exc:
+        raise _unreadable(checkpoint, "tokenizer", exc) from exc
+    if not loaded.is_fast:
+        msg = (
+            f"{checkpoint.name!r} has no fast tokenizer: save one, a tokenizer.json, into "
+            f"{checkpoint.body} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+        raise CheckpointError(msg)
+    _set_bos_eos(loaded, JsonFile(checkpoint.body / "tokenizer_config.json").values)
+    if 0 < checkpoint.vocabulary < len(loaded):
+        msg = (
+            f"The tokenizer of {checkpoint.name!r} in {checkpoint.body} has {len(loaded)} tokens, "
+            f"and the weights embed {checkpoint.vocabulary} (vocab_size in config.json): one of "
+            "the two is of another model; fetch the checkpoint again."
+        )
+        raise CheckpointError(msg)
+    marks = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
+    return Tokenizer(
+        loaded.backend_tokenizer,
+        pad=checkpoint.pad,
+        lower_case=checkpoint.lower_case,
+        marks={mark for mark in marks if mark is not None},
+    )
+
+
+def _set_bos_eos(loaded: Any, settings: Mapping[str, Any]) -> None:
+    """Add the first and the last token that tokenizer_config.json asks for.
+
+    transformers 5 adds those of tokenizer.json alone, where transformers 4 went by these settings
+    for the classes named here. The decoders come from the time of transformers 4, and their
+    vector is that of the last token.
+    """
+    if settings.get("tokenizer_class") in _MARKED_CLASSES and "add_eos_token" in settings:
+        loaded.add_bos_token = bool(settings.get("add_bos_token", True))
+        loaded.add_eos_token = bool(settings["add_eos_token"])
+
+
+def load_model(
+    checkpoint: Checkpoint, *, kind: Kind, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load a checkpoint's weights, onto the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: The weights are missing, damaged or of another shape.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    weights = weight_files(checkpoint.body)
+    if not weights:
+        msg = (
+            f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
+            "model.safetensors nor pytorch_model.bin; fetch it again."
+        )
+        raise CheckpointError(msg)
+    check_shards(checkpoint.body)
+    loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
+    if kind == "reranker" and checkpoint.pair_prompt is not None:
+        from transformers import AutoModelForCausalLM
+
+        loader = AutoModelForCausalLM
+    try:
+        with no_progress_bars():
+            model, report = loader.from_pretrained(
+                checkpoint.body,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=weights[0].suffix == ".safetensors",
+                output_loading_info=True,
+            )
+    except Exception as exc:
+        raise _unreadable(checkpoint, "weights", exc) from exc
+    # A pooler is extra on an encoder; anything else that is missing would be random numbers.
+    missing = sorted(
+        name for name in report["missing_keys"] if kind == "reranker" or "pooler." not in name
+    )
+    if missing:
+        msg = (
+            f"The weights of {checkpoint.name!r} in {checkpoint.body} lack {len(missing)} of "
+            f"the model's tensors, {missing[0]!r} first: computing with random ones in their "
+            "place would give noise. Fetch the checkpoint again."
+        )
+        raise CheckpointError(msg)
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    return model  # type: ignore[no-any-return]
+
+
+def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:
+    """Load one of bge-m3's further layers, onto the CPU; never a random one.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        output: `"sparse"` or `"multi_vector"`.
+
+    Returns:
+        A layer from the encoder's width to 1, or to the width of a token's vector.
+
+    Raises:
+        CheckpointError: Its file is missing, damaged or of another shape.
+    """
+    import torch
+
+    path = checkpoint.folder / HEADS[output]
+    if output not in checkpoint.heads:
+        raise missing_head_error(checkpoint, output)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weight, bias = state["weight"].float(), state["bias"].float()
+    except Exception as exc:
+        raise _unreadable(checkpoint, f"layer {path.name}", exc) from exc
+    width = 1 if output == "sparse" else weight.shape[0]
+    expected = ([width, checkpoint.hidden_size], [width])
+    if (list(weight.shape), list(bias.shape)) != expected:
+        msg = (
+            f"{path} is of another model: a weight of {expected[0]} and a bias of {expected[1]} "
+            f"were expected, it has {list(weight.shape)} and {list(bias.shape)}. Fetch the "
+            "checkpoint again."
+        )
+        raise CheckpointError(msg)
+    head = torch.nn.Linear(checkpoint.hidden_size, width)
+    head.weight, head.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    return head.eval().requires_grad_(requires_grad=False)
+
+
+def out_of_memory_error(name: str, device: object) -> ComputationError:
+    """Say that a model doesn't fit on a device."""
+    msg = (
+        f"{name!r} doesn't fit into the memory of device={str(device)!r}: pass dtype='float16' or "
+        "'bfloat16', another device, or free memory there."
+    )
+    return ComputationError(msg)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar while it loads weights."""
+    from transformers.utils import logging as transformers_logging
+
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> CheckpointError:
+    if "trust_remote_code" in str(error):
+        msg = (
+            f"{checkpoint.name!r} carries Python code of its own for its {what}, which was not "
+            "run: it could do anything that you can. If you have read it and trust it, pass "
+            "trust_remote_code=True."
+        )
+    elif any(isinstance(e, UnpicklingError) or "weights_only" in str(e) for e in _chain(error)):
+        msg = (
+            f"There is more than tensors in the {what} of {checkpoint.name!r} in "
+            f"{checkpoint.body}: the file is damaged, or a pickle with code in it, which was not "
+            "run. Use a checkpoint with model.safetensors, from a publisher whom you trust."
+        )
+    else:
+        msg = (
+            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be read "
+            f"({first_line(error)}): the files are damaged or incomplete, or config.json "
+            "describes another model; fetch the checkpoint again."
+        )
+    return CheckpointError(msg)
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Give an error and what it came of."""
+    while exc is not None:
+        yield exc
+        exc = exc.__context__

@@ -1,0 +1,207 @@
+"""What executes packs of bge-m3: dense, sparse and multi-vector rows from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bge_core.backends.base import to_numpy
+from bge_core.backends.loading import load_head
+from bge_core.backends.packed import PackedRunner
+from bge_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bge_core.backends.base import Encoder
+    from bge_core.backends.output_cache import Half
+    from bge_core.backends.packing import Pack
+    from bge_core.checkpoints.catalog import Output
+    from bge_core.checkpoints.metadata import Checkpoint
+    from bge_core.tokenizer import TokenSequence
+
+__all__ = ["M3Row", "M3Runner"]
+
+_DENSE: frozenset[Output] = frozenset({"dense"})
+_HALVES: frozenset[Output] = frozenset({"dense", "sparse"})
+
+
+class M3Row(NamedTuple):
+    """What was asked for of one sequence; None for the rest.
+
+    Attributes:
+        dense: The first token's hidden state, [hidden] float32, not normalised.
+        sparse: Distinct token ids [k] int32, special ones included, and the greatest weight of
+            each, [k] float32, above 0 (or NaN, for the caller to refuse).
+        multi_vector: A unit vector of every token but the first, [tokens - 1, width] float32.
+    """
+
+    dense: NDArray[np.float32] | None = None
+    sparse: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
+    multi_vector: NDArray[np.float32] | None = None
+
+
+class M3Runner(PackedRunner):
+    """Runs bge-m3 on packs.
+
+    Sequences that ask for nothing run as on any other encoder. Layers beyond the encoder load
+    when they are first asked for, so that a damaged one is in nobody's way who wants dense
+    vectors alone.
+
+    Args:
+        encoder: XLM-RoBERTa.
+        checkpoint: Where the further layers are.
+        dtype: The encoder's number format, by name.
+        device: Where the model is.
+        budget: Tokens a pack may have unless the user says otherwise.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        checkpoint: Checkpoint,
+        dtype: str,
+        device: torch.device,
+        budget: int,
+    ) -> None:
+        super().__init__(
+            encoder,
+            "cls",
+            lambda rows: rows,
+            device=device,
+            padding_position=checkpoint.padding_position,
+            budget=budget,
+        )
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        # What two runners' numbers have in common: the same weights in the same format.
+        self._model: Hashable = (checkpoint.digest(), dtype)
+        self._layers: dict[Output, torch.nn.Linear] = {}
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
+        """Compute one row a sequence.
+
+        Returns:
+            A dense vector, [hidden] float32, for a sequence that asks for no outputs, and an
+            `M3Row` for one that does.
+
+        Raises:
+            CheckpointError: A layer that is asked for is missing or damaged.
+        """
+        if all(sequence.ask is None for sequence in sequences):
+            return super().run(sequences)
+        taken = {place: self._taken(sequence) for place, sequence in enumerate(sequences)}
+        rows = {place: row for place, row in taken.items() if row is not None}
+        missing = [place for place in range(len(sequences)) if place not in rows]
+        if missing:
+            computed = self._computed([sequences[place] for place in missing])
+            rows.update(zip(missing, computed, strict=True))
+        return [_shape(sequence, rows[place]) for place, sequence in enumerate(sequences)]
+
+    def _taken(self, sequence: TokenSequence) -> M3Row | None:
+        """Give a row that another asker's pass left, where it is all that is wanted."""
+        memo, wanted = _memo(sequence), _wanted(sequence)
+        if memo is None or len(wanted) > 1 or not wanted <= _HALVES:
+            return None
+        (output,) = wanted
+        half: Any = memo.take(self._model, sequence.ids, output)
+        if half is None:
+            return None
+        return M3Row(dense=half[0]) if output == "dense" else M3Row(sparse=half)
+
+    def _computed(self, sequences: Sequence[TokenSequence]) -> list[M3Row]:
+        shared = any(_memo(sequence) is not None for sequence in sequences)
+        weighted = self._asked(sequences, "sparse") or (shared and self._may_leave_sparse())
+        multi = [place for place, one in enumerate(sequences) if "multi_vector" in _wanted(one)]
+        pack = self._pack(sequences)
+        if not weighted and not multi:
+            return [M3Row(dense=row) for row in self._outcome(pack)]
+        hidden = self._encoder.rows(pack)
+        dense = to_numpy(hidden[pack.first_rows()])
+        weights = to_numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
+        vectors = self._vectors(hidden, pack, multi)
+        rows, start = [], 0
+        for place, sequence in enumerate(sequences):
+            end = start + len(sequence)
+            sparse = None if weights is None else _strongest(sequence.ids, weights[start:end])
+            rows.append(M3Row(dense[place].copy(), sparse, vectors.get(place)))
+            self._leave(sequence, rows[-1])
+            start = end
+        return rows
+
+    def _vectors(
+        self, hidden: Tensor, pack: Pack, places: Sequence[int]
+    ) -> dict[int, NDArray[np.float32]]:
+        """Compute the token vectors of some sequences of a pack, by place."""
+        vectors = {}
+        starts = np.cumsum([0, *pack.lengths])
+        for place in places:
+            own = hidden[starts[place] + 1 : starts[place + 1]]
+            unit = torch.nn.functional.normalize(self._layer("multi_vector")(own).float(), dim=-1)
+            vectors[place] = to_numpy(unit)
+        return vectors
+
+    def _leave(self, sequence: TokenSequence, row: M3Row) -> None:
+        """Keep what was computed and not asked for, for the next asker."""
+        memo = _memo(sequence)
+        if memo is None or row.sparse is None or row.dense is None:
+            return
+        halves: dict[Output, Half] = {"dense": (row.dense,), "sparse": row.sparse}
+        for output in _HALVES - _wanted(sequence):
+            memo.keep(self._model, sequence.ids, output, halves[output])
+
+    def _asked(self, sequences: Sequence[TokenSequence], output: Output) -> bool:
+        return any(output in _wanted(sequence) for sequence in sequences)
+
+    def _may_leave_sparse(self) -> bool:
+        try:
+            self._layer("sparse")
+        except CheckpointError:
+            # It is the next asker's error, not this one's.
+            return False
+        return True
+
+    def _layer(self, output: Output) -> torch.nn.Linear:
+        # Two workers may load it at once: it is small, and either copy will do.
+        if output not in self._layers:
+            head = load_head(self._checkpoint, output)
+            self._layers[output] = head.to(self._device, getattr(torch, self._dtype))
+        return self._layers[output]
+
+
+def _memo(sequence: TokenSequence) -> Any:
+    return None if sequence.ask is None else sequence.ask.memo
+
+
+def _wanted(sequence: TokenSequence) -> frozenset[Output]:
+    return sequence.ask.outputs if sequence.ask and sequence.ask.outputs else _DENSE
+
+
+def _shape(sequence: TokenSequence, row: M3Row) -> Any:
+    """Give what a sequence asked for, and nothing that came along."""
+    if sequence.ask is None or not sequence.ask.outputs:
+        return row.dense
+    outputs = sequence.ask.outputs
+    return M3Row(
+        dense=row.dense if "dense" in outputs else None,
+        sparse=row.sparse if "sparse" in outputs else None,
+        multi_vector=row.multi_vector,
+    )
+
+
+def _strongest(
+    ids: Sequence[int], weights: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Give each distinct id its greatest weight, and leave out those without one."""
+    distinct, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    strongest = np.zeros(len(distinct), dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        np.maximum.at(strongest, places, weights)
+    kept = ~(strongest <= 0)  # so that NaN is kept, to be refused
+    return distinct[kept].astype(np.int32), strongest[kept]

@@ -1,0 +1,215 @@
+"""What executes a pack on a CPU with OpenVINO: padded batches through a converted model.
+
+One short query is bound by streaming the weights from memory, and OpenVINO's kernels do that
+about twice as fast as torch's; in bulk the two are level (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bge_core.backends.base import padded_inputs, takes_types
+from bge_core.backends.loading import load_model
+from bge_core.errors import CheckpointError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from bge_core.checkpoints.metadata import Checkpoint, Kind
+    from bge_core.tokenizer import TokenSequence
+
+__all__ = ["OpenVINORunner", "load_openvino_runner"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Rows(torch.nn.Module):
+    """A model with its pooling, so that one graph gives one row a text."""
+
+    def __init__(self, model: torch.nn.Module, pooling: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        out: torch.Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=False, **types
+        )[0]
+        if self.pooling is None:
+            return out
+        if self.pooling == "cls":
+            return out[:, 0]
+        weight = attention_mask.unsqueeze(-1).to(out.dtype)
+        if self.pooling == "mean":
+            return (out * weight).sum(1) / weight.sum(1)
+        last = attention_mask.sum(1) - 1
+        return out[torch.arange(out.shape[0]), last]
+
+
+class OpenVINORunner:
+    """Runs padded batches through a compiled OpenVINO model.
+
+    Args:
+        compiled: The compiled model; its output is one row a text.
+        types: Whether it takes token types.
+        pad: The padding token's id.
+    """
+
+    padded = True
+    # As torch on a CPU: a small working set.
+    default_budget = 2048
+
+    def __init__(self, compiled: Any, *, types: bool, pad: int) -> None:
+        self._compiled = compiled
+        self._types = types
+        self._pad = pad
+        # A request holds one computation's state, so each worker thread needs its own.
+        self._own = threading.local()
+
+    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        """Compute one row a sequence, [n, width] float32."""
+        if not hasattr(self._own, "request"):
+            self._own.request = self._compiled.create_infer_request()
+        inputs = padded_inputs(sequences, pad=self._pad, types=self._types)
+        out = self._own.request.infer(inputs)
+        return np.array(out[self._compiled.output(0)], dtype=np.float32)
+
+
+def load_openvino_runner(
+    checkpoint: Checkpoint,
+    *,
+    kind: Kind,
+    pooling: str | None,
+    trust_remote_code: bool,
+    cache_folder: str | None,
+) -> OpenVINORunner:
+    """Compile a checkpoint for this CPU, converting it at first use.
+
+    The converted model is kept in the user's cache, under a name that changes with the
+    checkpoint's content.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        kind: `"embedder"` or `"reranker"`.
+        pooling: The rows that make the vector; None for a reranker.
+        trust_remote_code: Run Python code that the checkpoint carries.
+        cache_folder: Where the converted model is kept; None for the user's cache.
+
+    Raises:
+        CheckpointError: OpenVINO can't convert it, or its weights are missing or damaged.
+        MissingExtraError: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as exc:
+        msg = (
+            "backend='openvino' needs the package openvino: "
+            "run pip install 'bge-adapters[openvino]', or pass backend='torch'."
+        )
+        raise MissingExtraError(msg) from exc
+    if kind == "embedder" and (not checkpoint.plain or pooling not in ("cls", "mean", "last")):
+        msg = (
+            f"{checkpoint.name!r} has modules of its own, which backend='openvino' does not run: "
+            "pass backend='torch'."
+        )
+        raise CheckpointError(msg)
+    if pooling == "last" or checkpoint.pair_prompt is not None:
+        msg = (
+            f"{checkpoint.name!r} is a decoder, which backend='openvino' does not run: pass "
+            "backend='torch'."
+        )
+        raise CheckpointError(msg)
+    core = openvino.Core()
+    file = _kept(checkpoint, kind, pooling, openvino.__version__, cache_folder)
+    model: Any = None
+    if file.exists():
+        try:
+            model = core.read_model(str(file))
+        except RuntimeError:
+            logger.warning("%s is damaged: converting %r again.", file, checkpoint.name)
+            shutil.rmtree(file.parent, ignore_errors=True)
+    if model is None:
+        loaded = load_model(
+            checkpoint, kind=kind, dtype="float32", trust_remote_code=trust_remote_code
+        )
+        model = _converted(openvino, checkpoint, loaded, pooling)
+        try:
+            _keep(openvino, core, model, file)
+        except (OSError, RuntimeError) as exc:
+            logger.warning(
+                "The converted %r can't be kept in %s (%s): free some room there, or pass "
+                "cache_folder='...'. Until then each process converts it again.",
+                checkpoint.name,
+                file.parent.parent,
+                str(exc).strip() or type(exc).__name__,
+            )
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        # Not in bfloat16, which it would choose where the processor has it.
+        {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
+    )
+    types = any("token_type_ids" in port.get_names() for port in compiled.inputs)
+    return OpenVINORunner(compiled, types=types, pad=checkpoint.pad)
+
+
+def _kept(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    pooling: str | None,
+    version: str,
+    cache_folder: str | None,
+) -> Path:
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bge-adapters"
+    root = Path(cache_folder) if cache_folder else user
+    key = repr((checkpoint.digest(), kind, pooling, version))
+    return root / "openvino" / hashlib.sha256(key.encode()).hexdigest()[:16] / "model.xml"
+
+
+def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str | None) -> Any:
+    example = {"input_ids": torch.ones(2, 8).long(), "attention_mask": torch.ones(2, 8).long()}
+    if takes_types(model):
+        example["token_type_ids"] = torch.zeros(2, 8).long()
+    logger.info("Converting %r for OpenVINO.", checkpoint.name)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            # The tracer warns of every shape that transformers looks at; the numbers are tested.
+            warnings.simplefilter("ignore")
+            return openvino.convert_model(_Rows(model, pooling), example_input=example)
+    except Exception as exc:
+        msg = f"OpenVINO can't convert {checkpoint.name!r} ({exc}): pass backend='torch'."
+        raise CheckpointError(msg) from exc
+
+
+def _keep(openvino: Any, core: Any, model: Any, file: Path) -> None:
+    file.parent.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there whole: nothing half-written is ever found.
+    work = Path(tempfile.mkdtemp(dir=file.parent.parent))
+    try:
+        openvino.save_model(model, str(work / file.name), compress_to_fp16=False)
+        # Older versions don't say that a disk was full.
+        core.read_model(str(work / file.name))
+        with contextlib.suppress(OSError):  # another process was first, with the same content
+            work.rename(file.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,289 @@
+"""Packs: sequences laid end to end under a token budget, and the attention that keeps them apart.
+
+Every linear layer of the encoder then runs on real tokens only, or next to it (`few_sizes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from inspect import signature
+from itertools import accumulate, chain, groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bge_core.tokenizer import TokenSequence
+
+__all__ = ["Pack", "attend", "attend_first", "fill", "round_up_to_bucket"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring sequences of equal length.
+
+    Attributes:
+        start: Row of the first token.
+        count: How many sequences.
+        length: Tokens a sequence.
+    """
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Row after the last token."""
+        return self.start + self.count * self.length
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences laid end to end.
+
+    Attributes:
+        sequences: The sequences, equal lengths side by side.
+        device: Where its tensors are made.
+        padding_position: Where positions are counted from in the families of RoBERTa: the
+            padding token's id. None where they start at 0.
+        few_sizes: Have the tensors end in some padding, so that they come in few sizes.
+    """
+
+    sequences: Sequence[TokenSequence]
+    device: torch.device
+    padding_position: int | None = None
+    bucketed: bool = False
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(sequence) for sequence in self.sequences]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Neighbouring sequences of equal length, in order."""
+        runs, start = [], 0
+        for length, group in groupby(self.lengths):
+            run = Run(start, sum(1 for _ in group), length)
+            runs.append(run)
+            start = run.end
+        return runs
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Make the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
+        pad = self.padding_position or 0
+        ids = list(chain.from_iterable(sequence.ids for sequence in self.sequences))
+        types = chain.from_iterable(
+            chain(bytes(sequence.second), b"\1" * (len(sequence) - sequence.second))
+            for sequence in self.sequences
+        )
+        positions = chain.from_iterable(self._positions(sequence) for sequence in self.sequences)
+        return {
+            "input_ids": self._rows(ids, pad)[None],
+            "position_ids": self._rows(list(positions), pad)[None],
+            "token_type_ids": self._rows(list(types))[None],
+        }
+
+    def _positions(self, sequence: TokenSequence) -> Iterable[int]:
+        pad = self.padding_position
+        if pad is None:
+            return range(len(sequence))
+        if pad not in sequence.ids:
+            return range(pad + 1, pad + 1 + len(sequence))
+        # A text that spells the padding token out: it is not counted, as in the models' own code.
+        counted = accumulate(int(token != pad) for token in sequence.ids)
+        return (
+            pad + count * (token != pad) for token, count in zip(sequence.ids, counted, strict=True)
+        )
+
+    def first_rows(self) -> Tensor:
+        """Give the row of each sequence's first token, [n] int64, or more of few sizes."""
+        return self._rows([0, *accumulate(self.lengths)][:-1])
+
+    def last_rows(self) -> Tensor:
+        """Give the row of each sequence's last token, [n] int64."""
+        return self._tensor([end - 1 for end in accumulate(self.lengths)])
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Give 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
+        return self._tensor([0, *accumulate(self.lengths)]).int()
+
+    def _rows(self, values: list[int], more: int = 0) -> Tensor:
+        count = round_up_to_bucket(len(values)) - len(values) if self.bucketed else 0
+        return self._tensor(values + [more] * count)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def round_up_to_bucket(rows: int) -> int:
+    """Round a number of rows up, by less than an eighth and by 63 at most.
+
+    oneDNN keeps what it made for each size of each layer's input, half a megabyte: up to 2,048
+    rows there are 80 sizes that way.
+    """
+    step = min(64, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def fill(
+    lengths: Sequence[int], *, start: int, room: int, padded: bool, beside: Sequence[int] = ()
+) -> int:
+    """Say how far a pack that starts at `start` may go.
+
+    Args:
+        lengths: Sequence lengths, sorted.
+        start: Index of the pack's first sequence; alone, it always fits.
+        room: Tokens that the pack may have.
+        padded: Whether each sequence costs as much as the longest.
+        beside: Lengths of what is in the pack already.
+
+    Returns:
+        The index after the pack's last sequence.
+    """
+    total, longest, count = sum(beside), max(beside, default=0), len(beside)
+    for end in range(start, len(lengths)):
+        total += lengths[end]
+        longest = max(longest, lengths[end])
+        count += 1
+        if (longest * count if padded else total) > room and count > 1:
+            return end
+    return len(lengths)
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pack: Pack,
+    *,
+    causal: bool = False,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attend within each sequence of a pack.
+
+    Args:
+        queries: [rows, heads, head_dim].
+        keys: [rows, key heads, head_dim].
+        values: Like `keys`.
+        pack: The boundaries.
+        causal: Later tokens are hidden.
+        scaling: Factor on the scores; None for 1 / sqrt(head_dim).
+        sliding_window: Tokens see others less than so many places away; None for all.
+
+    Returns:
+        [rows, heads, head_dim]; zero where there is no sequence.
+    """
+    grouped = keys.shape[1] != queries.shape[1]
+    varlen = _varlen(queries)
+    if varlen is not None:
+        longest = max(pack.lengths)
+        far = -1 if sliding_window is None else sliding_window - 1
+        attended: Tensor = varlen(
+            queries,
+            keys,
+            values,
+            pack.ends,
+            pack.ends,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(far, 0 if causal else far),
+            enable_gqa=grouped,
+            # More splits are faster on one long text, and make a vector depend on its pack.
+            num_splits=1,
+        )
+        return attended
+    parts = []
+    for run in pack.runs:
+        mask = _window(run.length, sliding_window, causal=causal, device=queries.device)
+        part = scaled_dot_product_attention(
+            _split(queries, run),
+            _split(keys, run),
+            _split(values, run),
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    return _joined(parts, queries)
+
+
+def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> Tensor:
+    """Attend from the first token of each sequence only, to all of its tokens.
+
+    Args:
+        queries: [rows, heads, head_dim], of the first tokens.
+        keys: [rows, heads, head_dim], of all tokens.
+        values: Like `keys`.
+        pack: The boundaries.
+
+    Returns:
+        [rows, heads, head_dim]; zero where there is no sequence.
+    """
+    parts, done = [], 0
+    for run in pack.runs:
+        own = queries[done : done + run.count, :, None]
+        part = scaled_dot_product_attention(own, _split(keys, run), _split(values, run))
+        parts.append(part[:, :, 0])
+        done += run.count
+    return _joined(parts, queries)
+
+
+def _joined(parts: list[Tensor], queries: Tensor) -> Tensor:
+    """Lay the outcomes of all runs end to end, as many rows as there are queries."""
+    more = len(queries) - sum(len(part) for part in parts)
+    if more:
+        parts.append(queries.new_zeros(more, *queries.shape[1:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _varlen(query: Tensor) -> Any:
+    """Give CUDA's kernel for sequences of unequal length; None where it can't run."""
+    if not query.is_cuda or query.dtype == torch.float32:
+        return None
+    # Flash attention, which it is, takes heads of some widths only.
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return None
+    # It needs an Ampere card or a newer one.
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    return _varlen_attention()
+
+
+@cache
+def _varlen_attention() -> Any:
+    # Imported where it is used: it brings torch's compiler along.
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # an older torch: one call a run on every device
+        return None
+    # Before torch 2.12 it has not all of the keywords that are needed.
+    return varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
+
+
+def _split(rows: Tensor, run: Run) -> Tensor:
+    """View a run's rows [tokens, heads, head_dim] as [count, heads, length, head_dim]."""
+    own = rows[run.start : run.end]
+    return own.view(run.count, run.length, *rows.shape[1:]).transpose(1, 2)
+
+
+def _window(
+    length: int, sliding_window: int | None, *, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Make the mask of a sliding window, [length, length] bool; None where it hides nothing."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    visible = distance.abs() < sliding_window
+    return visible & (distance >= 0) if causal else visible

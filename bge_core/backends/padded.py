@@ -1,0 +1,115 @@
+"""The runner of padded batches, for models that can't run on packs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bge_core.backends.base import default_budget, padded_inputs, takes_types, to_numpy
+from bge_core.backends.loading import no_progress_bars
+from bge_core.backends.packing import Pack
+from bge_core.checkpoints.trust import reject_remote_classes
+from bge_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bge_core.backends.base import Pool, Runner
+    from bge_core.checkpoints.metadata import Checkpoint
+    from bge_core.tokenizer import TokenSequence
+
+__all__ = ["load_sentence_transformers"]
+
+logger = logging.getLogger(__name__)
+
+
+class PaddedRunner:
+    """Runs any model on padded batches: the path of what can't run packed.
+
+    Args:
+        forward: Takes input_ids, attention_mask and, if the model has types, token_type_ids.
+        pool: Makes rows of the hidden states that `forward` gives; None if it gives the outcome.
+        types: Whether the model takes token types.
+        pad: The padding token's id.
+        device: Where the model is.
+        budget: Tokens a batch may have unless the user says otherwise.
+    """
+
+    padded = True
+
+    def __init__(
+        self,
+        forward: Callable[[dict[str, Tensor]], Tensor],
+        pool: Pool | None,
+        *,
+        types: bool,
+        pad: int,
+        device: torch.device,
+        budget: int,
+    ) -> None:
+        self._forward = forward
+        self._pool = pool
+        self._types = types
+        self._pad = pad
+        self._device = device
+        self.default_budget = budget
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        """Compute one row a sequence, [n, width] float32."""
+        inputs = padded_inputs(sequences, pad=self._pad, types=self._types)
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+        out = self._forward(tensors)
+        if self._pool is not None:
+            out = self._pool(out[tensors["attention_mask"].bool()], Pack(sequences, self._device))
+        return to_numpy(out)
+
+
+def load_sentence_transformers(
+    checkpoint: Checkpoint, device: torch.device, dtype: str, trust_remote_code: bool
+) -> Runner:
+    """Run the checkpoint's own modules, where they go beyond transformer, pooling, normalise."""
+    from sentence_transformers import SentenceTransformer
+
+    if not trust_remote_code:
+        reject_remote_classes(checkpoint)
+    try:
+        with no_progress_bars():
+            model = SentenceTransformer(
+                str(checkpoint.folder),
+                device=str(device),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                model_kwargs={"dtype": getattr(torch, dtype)},
+            )
+    except Exception as exc:
+        msg = (
+            f"sentence-transformers can't load {checkpoint.name!r}, whose modules go beyond "
+            f"transformer, pooling and normalisation: {exc}"
+        )
+        raise CheckpointError(msg) from exc
+    encoder: Any = model[0].auto_model
+    logger.debug("%r has modules of its own: it runs padded.", checkpoint.name)
+    # Normalisation is the caller's to choose.
+    modules = [module for module in model if type(module).__name__ != "Normalize"]
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        features: Any = inputs
+        for module in modules:
+            features = module(features)
+        vectors: Tensor = features["sentence_embedding"]
+        return vectors
+
+    return PaddedRunner(
+        forward,
+        None,
+        types=takes_types(encoder),
+        pad=checkpoint.pad,
+        device=device,
+        budget=default_budget(encoder.config, device, dtype),
+    )

@@ -1,0 +1,155 @@
+"""transformers' own models on packs: the attention function that they take by name.
+
+The stock modelling code runs unchanged: a pack's boundaries travel as the keyword `pack` through
+the model's `forward` to the function below. `bert.py` needs none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+
+from bge_core.backends.base import takes_types, to_numpy
+from bge_core.backends.packing import Pack, attend
+from bge_core.errors import ComputationError
+from bge_core.tokenizer import TokenSequence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bge_core.backends.base import Encoder, Head
+    from bge_core.checkpoints.metadata import Checkpoint
+
+__all__ = ["PACKED_ATTENTION", "TransformersEncoder", "classifier_head", "transformers_encoder"]
+
+PACKED_ATTENTION = "bge_packed"
+"""The name under which transformers finds the packed attention."""
+
+
+class TransformersEncoder:
+    """A transformers base model with the packed attention set.
+
+    Args:
+        model: The model.
+        types: Whether it takes token types.
+    """
+
+    bucketed = False
+
+    def __init__(self, model: Any, *, types: bool) -> None:
+        self._model = model
+        self._types = types
+
+    def rows(self, pack: Pack) -> Tensor:
+        """Compute the last layer's row of every token, [tokens, hidden]."""
+        inputs = pack.inputs()
+        if not self._types:
+            del inputs["token_type_ids"]
+        hidden: Tensor = self._model(**inputs, pack=pack)[0][0]
+        return hidden
+
+    def first_rows(self, pack: Pack) -> Tensor:
+        """Compute the last layer's row of each sequence's first token, [n, hidden]."""
+        return self.rows(pack)[pack.first_rows()]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 -- the interface's, always None here
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    pack: Pack,
+    **_: Any,  # transformers hands every attention function more than it needs
+) -> tuple[Tensor, None]:
+    """Attend within each sequence of a pack.
+
+    Args:
+        module: The attention layer; its `is_causal` says whether later tokens are hidden.
+        query: [1, heads, tokens, head_dim].
+        key: [1, key heads, tokens, head_dim].
+        value: Like `key`.
+        attention_mask: None, since the pack has the boundaries.
+        scaling: Factor on the scores; None for 1 / sqrt(head_dim).
+        softcap: Refused: soft-capped scores need arithmetic of their own.
+        sliding_window: Tokens see others less than so many places away; None for all.
+        pack: The boundaries.
+
+    Returns:
+        [1, tokens, heads, head_dim] and no weights.
+
+    Raises:
+        ComputationError: The layer asks for what this function does not do.
+    """
+    if softcap is not None:
+        msg = f"{type(module).__name__} soft-caps its scores: run it padded."
+        raise ComputationError(msg)
+    # A view, since the projections are laid out that way.
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    attended = attend(
+        queries,
+        keys,
+        values,
+        pack,
+        causal=bool(getattr(module, "is_causal", False)),
+        scaling=scaling,
+        sliding_window=sliding_window,
+    )
+    return attended[None], None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def classifier_head(model: Any, answer: int | None) -> Head | None:
+    """Give the model's own head on one row a sequence; None if it needs more."""
+    if answer is not None:
+        # The other words' logits, a quarter of a million of them, are nobody's business.
+        word = model.get_output_embeddings().weight[answer].float()
+        return lambda rows: (rows.float() @ word)[:, None]
+    name = type(model).__name__
+    if name == "BertForSequenceClassification":
+        return lambda rows: model.classifier(model.bert.pooler(rows[:, None]))
+    if name in ("XLMRobertaForSequenceClassification", "RobertaForSequenceClassification"):
+        return lambda rows: model.classifier(rows[:, None])
+    return None
+
+
+def transformers_encoder(
+    model: Any, checkpoint: Checkpoint, device: torch.device
+) -> Encoder | None:
+    """Set the packed attention where the model's own code carries it; None where it doesn't."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return None
+    from bge_core.backends.stock import PACKED_ATTENTION, TransformersEncoder
+
+    before = model.config._attn_implementation
+    encoder = TransformersEncoder(model, types=takes_types(model))
+    with contextlib.suppress(Exception):
+        # Anything that goes wrong here goes right on padded batches.
+        model.set_attn_implementation(PACKED_ATTENTION)
+        short, long = TokenSequence([5, 6, 7], 3), TokenSequence([7, 8, 9, 6, 5], 5)
+
+        def rows(*sequences: TokenSequence) -> NDArray[np.float32]:
+            return to_numpy(encoder.rows(Pack(sequences, device, checkpoint.padding_position)))
+
+        with torch.inference_mode():
+            together = rows(short, long)
+            apart = np.concatenate([rows(short), rows(long)])
+            model.set_attn_implementation(before)
+            alone = to_numpy(model(input_ids=torch.tensor([long.ids], device=device))[0][0])
+        close = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+        if np.allclose(together, apart, atol=close) and np.allclose(alone, apart[3:], atol=close):
+            model.set_attn_implementation(PACKED_ATTENTION)
+            return encoder
+    model.set_attn_implementation(before)
+    return None

@@ -1,0 +1,153 @@
+"""A hub id or a folder, as the user wrote it, and the folder that holds its files."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bge_core.arguments import check_secret
+from bge_core.checkpoints.catalog import PROFILES, find_profile
+from bge_core.checkpoints.files import first_line, weight_files
+from bge_core.errors import CheckpointError, InputTypeError
+
+__all__ = ["Source", "locate"]
+
+# No space left, file too large, quota exceeded.
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*.py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a checkpoint comes from, as the user wrote it.
+
+    Attributes:
+        model: A hub id or a folder.
+        revision: A branch, tag or commit on the hub; None for its default.
+        cache_folder: The hub's cache; None for the usual one (`HF_HOME`).
+        local_files_only: Never go to the network.
+        trust_remote_code: Run Python code that the checkpoint carries.
+        token: A hub token, kept out of every message.
+    """
+
+    model: str
+    revision: str | None = None
+    cache_folder: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_folder: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        token: str | None = None,
+    ) -> Source:
+        """Check the model's name and make a source of it.
+
+        Raises:
+            InputTypeError: `model` is neither a str nor a path.
+            CheckpointError: It looks like a folder and is none, or it can't be a hub id.
+        """
+        if not isinstance(model, (str, os.PathLike)):
+            msg = f"model must be a hub id or a folder's path, got {type(model).__name__}."
+            raise InputTypeError(msg)
+        name = os.fspath(model)
+        folder = Path(name).expanduser()
+        if name and folder.is_dir():
+            # Absolute, so that "." has a name to be known by and a later chdir changes nothing.
+            name = os.path.abspath(folder)  # noqa: PTH100 -- resolve() would follow the cache's links
+        elif isinstance(model, os.PathLike) or not _HUB_ID.fullmatch(name):
+            msg = (
+                f"model={name!r} is no folder on this machine and no hub id: pass a folder with "
+                "config.json, or an id such as 'BAAI/bge-small-en-v1.5'."
+            )
+            raise CheckpointError(msg)
+        elif "/" not in name and (profile := find_profile(name)):
+            msg = f"model={name!r} is no folder here and no hub id: did you mean {profile.id!r}?"
+            raise CheckpointError(msg)
+        if token is not None:
+            token = check_secret("token", token)
+        return cls(
+            model=name,
+            revision=revision,
+            cache_folder=None if cache_folder is None else os.fspath(cache_folder),
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            token=token,
+        )
+
+    @property
+    def name(self) -> tuple[str | None, ...]:
+        """What tells one checkpoint from another before anything of it is read."""
+        return self.model, self.revision, self.cache_folder
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is a folder on this machine."""
+        return Path(self.model).is_dir()
+
+
+def locate(source: Source) -> Path:
+    """Find a checkpoint's folder, downloading it from the hub where that is allowed.
+
+    Raises:
+        CheckpointError: It isn't in the cache and can't be downloaded; says why.
+    """
+    if source.is_local:
+        return Path(source.model)
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HFValidationError
+
+    def fetch(patterns: tuple[str, ...], *, local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                source.model,
+                revision=source.revision,
+                cache_dir=source.cache_folder,
+                local_files_only=local,
+                token=source.token,
+                allow_patterns=list(patterns),
+            )
+        )
+
+    try:
+        folder = fetch(_WANTED, local=source.local_files_only)
+        if not weight_files(folder):
+            # Older checkpoints, bge-m3 among them, have no safetensors.
+            folder = fetch((*_WANTED, "*pytorch_model*.bin"), local=source.local_files_only)
+    except (OSError, ValueError, httpx.HTTPError, HFValidationError) as exc:
+        where = f"cache_folder={source.cache_folder!r}" if source.cache_folder else "the hub cache"
+        if source.local_files_only:
+            why = f"it is not in {where}, and local_files_only=True forbids a download"
+        elif HF_HUB_OFFLINE:
+            why = f"it is not in {where}, and HF_HUB_OFFLINE=1 forbids a download"
+        else:
+            why = f"it is not in {where}, and the hub gave none ({first_line(exc)})"
+        if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+            msg = (
+                f"model={source.model!r} can't be downloaded: {where} has no room "
+                f"({first_line(exc)}). Free some, or pass cache_folder='...' on another disk."
+            )
+            raise CheckpointError(msg) from exc
+        close = difflib.get_close_matches(source.model, PROFILES, n=1)
+        typo = close and close[0] != source.model
+        hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
+        msg = (
+            f"model={source.model!r} can't be found: {why}. {hint} the network and the revision, "
+            "or pass the path of a folder that has it."
+        )
+        raise CheckpointError(msg) from exc
+    return folder

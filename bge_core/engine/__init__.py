@@ -1,0 +1,1 @@
+"""Who computes when: priorities, workers, calls, the process."""

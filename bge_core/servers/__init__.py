@@ -1,0 +1,1 @@
+"""A model on a server: HTTP, the protocols it may speak, the models behind it."""

@@ -1,0 +1,162 @@
+"""Runners: packed where a family's stock code carries it, padded elsewhere, or OpenVINO."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+from bge_core import ArgumentError, CheckpointError, Embedder, Reranker
+from bge_core.backends.select import load_runner
+from bge_core.checkpoints.metadata import read
+from bge_core.checkpoints.source import Source
+from bge_core.tokenizer import TokenSequence
+
+WIDTH = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+DECODER = {**WIDTH, "num_key_value_heads": 2}
+FAMILIES = {
+    "Bert": WIDTH,
+    "XLMRoberta": {**WIDTH, "pad_token_id": 1, "max_position_embeddings": 60},
+    "ModernBert": {
+        **WIDTH,
+        "num_hidden_layers": 4,
+        # Narrower than the texts, so that the sliding window must be honoured.
+        "local_attention": 16,
+        "global_attn_every_n_layers": 2,
+        "cls_token_id": 1,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
+        "eos_token_id": 2,
+        "max_position_embeddings": 64,
+    },
+    "DistilBert": {"vocab_size": 100, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "Mistral": {**DECODER, "sliding_window": 8},
+    "Qwen2": DECODER,
+    "Qwen3": {**DECODER, "head_dim": 8},
+    "Gemma2": {**DECODER, "head_dim": 8},
+}
+# Gemma2 soft-caps its scores, which the packed attention does not do; transformers 4 lets not as
+# many take an attention function.
+PADDED = {"Gemma2"}
+if Version(transformers.__version__) < Version("5"):
+    PADDED |= {"ModernBert", "DistilBert"}
+LENGTHS = (1, 2, 3, 3, 7, 20, 20, 33, 40)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_gives_the_rows_of_each_text_alone(family, pooling, tmp_path, caplog):
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    checkpoint = read(Source.of(tmp_path), tmp_path)
+    with caplog.at_level(logging.DEBUG, logger="bge_core"):
+        runner = load_runner(
+            checkpoint,
+            kind="embedder",
+            pooling=pooling,
+            device="cpu",
+            dtype="float32",
+            trust_remote_code=False,
+        )
+    assert runner.padded == (family in PADDED)
+    assert ("runs padded" in caplog.text) == runner.padded
+    rng = np.random.default_rng(0)
+    texts = [TokenSequence(rng.integers(5, 90, n).tolist(), n) for n in LENGTHS]
+    expected = []
+    for text in texts:
+        with torch.inference_mode():
+            hidden = model(input_ids=torch.tensor([text.ids]))[0][0]
+        rows = {"cls": hidden[0], "mean": hidden.mean(0), "last": hidden[-1]}
+        expected.append(rows[pooling].numpy())
+    np.testing.assert_allclose(runner.run(texts), np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["en_folder", "m3_folder", "unknown_folder"])
+def test_openvino_gives_torch_s_vectors(request, name, corpus, kept):
+    folder = request.getfixturevalue(name)
+    texts = [*corpus, "", "long " * 300]
+    with (
+        Embedder(folder, query_instruction="q: ", on_truncation="ignore") as torch_one,
+        Embedder(
+            folder, query_instruction="q: ", on_truncation="ignore", backend="openvino"
+        ) as openvino_one,
+    ):
+        for method in ("embed_documents", "embed_queries"):
+            np.testing.assert_allclose(
+                getattr(openvino_one, method)(texts), getattr(torch_one, method)(texts), atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("name", ["reranker_folder", "bert_reranker_folder"])
+def test_openvino_gives_torch_s_scores(request, name, corpus, kept):
+    folder = request.getfixturevalue(name)
+    with (
+        Reranker(folder, normalize=False) as torch_one,
+        Reranker(folder, normalize=False, backend="openvino") as openvino_one,
+    ):
+        np.testing.assert_allclose(
+            openvino_one.score("a query", corpus), torch_one.score("a query", corpus), atol=1e-4
+        )
+
+
+def test_openvino_converts_once_and_again_for_other_weights(en_folder, copy_of, kept):
+    with Embedder(en_folder, backend="openvino") as embedder:
+        embedder.embed_queries(["x"])
+    (first,) = (kept / "bge-adapters" / "openvino").iterdir()
+    written = (first / "model.bin").stat().st_mtime_ns
+    with Embedder(en_folder, backend="openvino") as embedder:
+        embedder.embed_queries(["x"])
+    assert (first / "model.bin").stat().st_mtime_ns == written
+    other = copy_of(en_folder)
+    config = json.loads((other / "1_Pooling" / "config.json").read_text())
+    config |= {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (other / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    with Embedder(other, backend="openvino") as embedder:
+        embedder.embed_queries(["x"])
+    assert len(list((kept / "bge-adapters" / "openvino").iterdir())) == 2
+
+
+def test_auto_gives_the_same_vectors_in_both_lanes(en_folder, kept):
+    with Embedder(en_folder, query_instruction="", backend="auto", device="cpu") as embedder:
+        query, document = embedder.embed_queries(["one"]), embedder.embed_documents(["one"])
+    np.testing.assert_allclose(query, document, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float16"}, {"backend": "onnx"}])
+def test_openvino_is_refused_where_it_can_t_run(en_folder, options):
+    with pytest.raises(ArgumentError, match=r"backend=.*pass|backend='onnx' is not served"):
+        Embedder(en_folder, **{"backend": "openvino", **options})
+
+
+def test_openvino_does_not_run_modules_of_a_checkpoint_s_own(en_folder, copy_of, kept):
+    folder = copy_of(en_folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "x.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with (
+        pytest.raises(CheckpointError, match="pass backend='torch'"),
+        Embedder(folder, backend="openvino") as embedder,
+    ):
+        embedder.embed_queries(["x"])
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The cache in which converted models are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
