@@ -29,9 +29,10 @@ test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real 
 test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="-k words")
 	PYTEST_ADDOPTS='$(OLD_WARNINGS)' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-lint: $(VENV)/.dev  ## Check style and types
+lint: $(VENV)/.dev  ## Check style, imports and types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## Mend style where a tool can
@@ -45,7 +46,7 @@ soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-infinity .venv-lowest .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-infinity .venv-lowest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'

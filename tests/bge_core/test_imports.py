@@ -1,4 +1,5 @@
 import inspect
+import pkgutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -79,6 +80,26 @@ SERVED = "'BAAI/bge-m3', endpoint='http://localhost'"
 
 def test_importing_loads_neither_torch_nor_transformers():
     assert run_python(f"import bge_core; {HEAVY}") == "[]"
+
+
+def light_modules() -> list[str]:
+    """Every module but those inside the two folders that compute."""
+    names = [module.name for module in pkgutil.walk_packages(bge_core.__path__, "bge_core.")]
+    computing = ("bge_core.backends.", "bge_core.engine.")
+    return [name for name in names if not name.startswith(computing)]
+
+
+def test_importing_any_package_or_module_of_facts_loads_neither_torch_nor_transformers():
+    names = light_modules()
+    assert {"bge_core.backends", "bge_core.engine", "bge_core.checkpoints.metadata"} <= set(names)
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    loaded = {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)\n"
+        "    assert not loaded, (name, loaded)"
+    )
+    run_python(code)
 
 
 def test_making_an_embedder_and_a_reranker_loads_neither_torch_nor_transformers(
