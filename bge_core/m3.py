@@ -22,6 +22,7 @@ from bge_core.checkpoints.source import Source
 from bge_core.devices import Placement
 from bge_core.engine.call import Call, non_finite_error, run_off_loop, slices_of
 from bge_core.engine.local_model import LocalModel
+from bge_core.engine.process import hold_interpreter_exit
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.reranker import Ranked, Ranking, check_limits, rank_scores
 from bge_core.tokenizer import Ask, can_check_inline
@@ -430,8 +431,6 @@ class M3Embedder(LocalModel[str]):
         _check_make(self.checkpoint)
         for output in sorted(_outputs(call) - self._checked):
             if output != "dense":
-                from bge_core.engine.process import hold_interpreter_exit
-
                 with hold_interpreter_exit():
                     load_head(self.checkpoint, output)
             self._checked |= {output}

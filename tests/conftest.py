@@ -465,7 +465,7 @@ def _nobody_else_s_passes() -> None:
     collector comes round, and while a model lives that shares passes, others find its halves.
     """
     passes = sys.modules.get("bge_core.backends.output_cache")
-    if passes is not None and passes._memos:
+    if passes is not None and passes._memos.by_name:
         gc.collect()
 
 

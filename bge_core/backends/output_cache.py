@@ -7,13 +7,14 @@ same texts. One forward pass gives both, so the half that was not asked for is k
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from bge_core.engine.process import on_fork
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,6 +46,7 @@ class PassMemo:
     def __init__(self, *, most: int = _MOST_BYTES) -> None:
         self._most = most
         self.after_fork()
+        on_fork(self, PassMemo.after_fork)
 
     def after_fork(self) -> None:
         """Start over in a forked child, where a lock may stay locked for ever."""
@@ -103,8 +105,19 @@ def _bytes(half: Half) -> int:
     return sum(part.nbytes for part in half) + _OVERHEAD
 
 
-_memos: weakref.WeakValueDictionary[Hashable, PassMemo] = weakref.WeakValueDictionary()
-_making = threading.Lock()
+class _Memos:
+    def __init__(self) -> None:
+        self.by_name: weakref.WeakValueDictionary[Hashable, PassMemo] = (
+            weakref.WeakValueDictionary()
+        )
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        self.making = threading.Lock()
+
+
+_memos = _Memos()
+on_fork(_memos, _Memos.after_fork)
 
 
 def share_passes(name: Hashable) -> PassMemo:
@@ -116,25 +129,14 @@ def share_passes(name: Hashable) -> PassMemo:
     Returns:
         A memo that lives as long as somebody holds it; while it does, `find_passes` finds it.
     """
-    with _making:
-        memo = _memos.get(name)
+    with _memos.making:
+        memo = _memos.by_name.get(name)
         if memo is None:
             memo = PassMemo()
-            _memos[name] = memo
+            _memos.by_name[name] = memo
         return memo
 
 
 def find_passes(name: Hashable) -> PassMemo | None:
     """Give the memo of a model's name, if somebody wants passes shared."""
-    return _memos.get(name)
-
-
-def _in_child() -> None:
-    global _making  # noqa: PLW0603 -- a lock that another thread held at the fork stays locked
-    _making = threading.Lock()
-    for memo in list(_memos.values()):
-        memo.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    return _memos.by_name.get(name)

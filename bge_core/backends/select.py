@@ -13,7 +13,6 @@ from bge_core.backends.loading import load_model, out_of_memory_error
 from bge_core.backends.onednn import prepack_linear_weights
 from bge_core.backends.packed import PackedRunner
 from bge_core.backends.padded import PaddedRunner, load_sentence_transformers
-from bge_core.backends.stock import classifier_head, transformers_encoder
 from bge_core.checkpoints.metadata import is_m3_architecture
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def load_runner(
         # Ours alone: other models' code may look at the weights of a layer itself.
         bert.bucketed = place.type == "cpu" and dtype == "float32" and prepack_linear_weights(bert)
         return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
+    from bge_core.backends.stock import classifier_head, transformers_encoder
+
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         model.to(place)

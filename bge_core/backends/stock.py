@@ -130,8 +130,6 @@ def transformers_encoder(
     """Set the packed attention where the model's own code carries it; None where it doesn't."""
     if not getattr(model, "_supports_attention_backend", False):
         return None
-    from bge_core.backends.stock import PACKED_ATTENTION, TransformersEncoder
-
     before = model.config._attn_implementation
     encoder = TransformersEncoder(model, types=takes_types(model))
     with contextlib.suppress(Exception):

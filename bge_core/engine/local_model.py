@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import weakref
 from abc import abstractmethod
@@ -14,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from importlib.util import find_spec
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import check_kind, check_profile, read
 from bge_core.checkpoints.source import locate
 from bge_core.engine.call import Call, Item, non_finite_error, progress_bar, run_off_loop
+from bge_core.engine.process import hold_interpreter_exit, on_fork
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.lifecycle import Closeable
 from bge_core.tokenizer import can_tokenize_inline, report_truncation
@@ -107,9 +107,15 @@ class LocalModel(Closeable, Generic[Item]):
         self._checkpoint: Checkpoint | None = None
         self._digest: str | None = None
         self._engine: Engine | None = None
-        self._flight_lock = threading.Lock()
         self._in_flight: weakref.WeakSet[Future[Rows]] = weakref.WeakSet()
-        _models.add(self)
+        self._flight_lock = threading.Lock()
+        on_fork(self, LocalModel._after_fork)
+
+    def _after_fork(self) -> None:
+        """Replace what another thread may have held."""
+        self._lock = threading.RLock()
+        self._flight_lock = threading.Lock()
+        self._in_flight = weakref.WeakSet()
 
     @property
     def model(self) -> str:
@@ -388,8 +394,6 @@ class LocalModel(Closeable, Generic[Item]):
 
     def _slices(self, tokenizer: Tokenizer, call: Call[Item]) -> Iterator[list[TokenSequence]]:
         """Tokenise slice by slice; all at once where a text that is too long is an error."""
-        from bge_core.engine.process import hold_interpreter_exit
-
         strict = self._on_truncation == "error"
         encode = call.encode or self._encode
         whole: list[TokenSequence] = []
@@ -478,18 +482,3 @@ def _checked_backend(backend: str, placement: Placement) -> str:
 
 def _on_cpu(devices: Sequence[str]) -> bool:
     return all(device.partition(":")[0] == "cpu" for device in devices)
-
-
-_models: weakref.WeakSet[LocalModel[Any]] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    """Replace what another thread may have held when the process forked."""
-    for model in list(_models):
-        model._lock = threading.RLock()
-        model._flight_lock = threading.Lock()
-        model._in_flight = weakref.WeakSet()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)

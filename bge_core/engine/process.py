@@ -1,4 +1,7 @@
-"""The process around the workers: its exit, its forks, its heap, its threads' niceness."""
+"""The process: its forks, its exit, its heap and its threads' priorities.
+
+Whatever has locks, threads or connections registers itself here, and is held weakly.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,27 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import Any
-
-import torch
+from typing import Any, Protocol, TypeVar
 
 from bge_core.errors import ClosedError
 
 __all__ = [
-    "IDLE_SECONDS",
-    "exit_guard",
+    "at_exit",
     "hold_interpreter_exit",
-    "live_workers",
+    "is_exiting",
     "lower_thread_priority",
+    "on_fork",
     "trim_heap",
 ]
 
 # How long the interpreter's end waits for threads that are in C++, and would crash it.
 _EXIT_SECONDS = 4.0
-# After bulk work, what the allocator kept goes back to the system once no more came for so long.
-IDLE_SECONDS = 1.0
 # Bulk work gets a third of the CPU that queries get while both want it, and all of it otherwise.
 _BULK_NICENESS = 5
-live_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+Owner = TypeVar("Owner")
 
 _ENDING = "The interpreter is ending: nothing is loaded or computed any more."
 
@@ -58,6 +58,54 @@ def trim_heap() -> None:
         trim(0)
 
 
+class Stoppable(Protocol):
+    """Threads that compute, as the interpreter's exit sees them."""
+
+    def close(self) -> None:
+        """Have the threads stop after what they are at."""
+
+    def all_threads(self) -> list[threading.Thread]:
+        """Give the threads."""
+
+    def join(self, deadline: float) -> None:
+        """Wait for the threads until a time of `time.monotonic()`."""
+
+
+# In the order of registration, in which a child calls them.
+_fork_hooks: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+_stopped_at_exit: weakref.WeakSet[Stoppable] = weakref.WeakSet()
+
+
+def on_fork(owner: Owner, callback: Callable[[Owner], None]) -> None:
+    """Call `callback(owner)` in each forked child, for as long as the owner lives.
+
+    A lock that another thread holds at the fork stays locked in the child for ever, and no other
+    thread is there.
+
+    Args:
+        owner: Held weakly; hashed by identity.
+        callback: An unbound method or a function, which must not refer to the owner.
+    """
+    _fork_hooks[owner] = callback
+
+
+def at_exit(threads: Stoppable) -> None:
+    """Stop threads at the interpreter's exit, and wait a few seconds for them.
+
+    Args:
+        threads: Held weakly.
+    """
+    _stopped_at_exit.add(threads)
+    # Moved behind what torch and others registered since, and so called before them.
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
+
+
+def is_exiting() -> bool:
+    """Say whether the interpreter is ending."""
+    return _exit_guard.ending
+
+
 class _ExitGuard:
     """Counts the callers' threads that are where the interpreter must not end around them."""
 
@@ -66,12 +114,12 @@ class _ExitGuard:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Start over in a forked child, where a lock may stay locked for ever."""
+        """Start over in a forked child."""
         self.changed = threading.Condition()
         self.count = 0
 
 
-exit_guard = _ExitGuard()
+_exit_guard = _ExitGuard()
 
 
 @contextlib.contextmanager
@@ -84,41 +132,45 @@ def hold_interpreter_exit() -> Iterator[None]:
     Raises:
         ClosedError: The interpreter is ending.
     """
-    with exit_guard.changed:
-        if exit_guard.ending:
+    with _exit_guard.changed:
+        if _exit_guard.ending:
             raise ClosedError(_ENDING)
-        exit_guard.count += 1
+        _exit_guard.count += 1
     try:
         yield
     except Exception as exc:
         # Libraries fail in ways of their own then, which say nothing of the model.
-        if exit_guard.ending:
+        if _exit_guard.ending:
             raise ClosedError(_ENDING) from exc
         raise
     finally:
-        with exit_guard.changed:
-            exit_guard.count -= 1
-            exit_guard.changed.notify_all()
+        with _exit_guard.changed:
+            _exit_guard.count -= 1
+            _exit_guard.changed.notify_all()
 
 
 def _at_exit() -> None:
-    with exit_guard.changed:
-        exit_guard.ending = True
-    live = list(live_workers)
+    with _exit_guard.changed:
+        _exit_guard.ending = True
+    live = list(_stopped_at_exit)
     for workers in live:
         workers.close()
     _stop_between_modules({thread for workers in live for thread in workers.all_threads()})
     deadline = time.monotonic() + _EXIT_SECONDS
     for workers in live:
         workers.join(deadline)
-    with exit_guard.changed:
-        exit_guard.changed.wait_for(lambda: not exit_guard.count, deadline - time.monotonic())
+    with _exit_guard.changed:
+        _exit_guard.changed.wait_for(lambda: not _exit_guard.count, deadline - time.monotonic())
 
 
 def _stop_between_modules(threads: AbstractSet[threading.Thread]) -> None:
     """Have threads leave a long pass at its next module."""
+    # Not imported here: where nothing has loaded torch, nothing computes with it.
+    torch = sys.modules.get("torch")
+    if torch is None or not threads:
+        return
 
-    def stop(_module: torch.nn.Module, _inputs: Any) -> None:
+    def stop(_module: object, _inputs: object) -> None:
         if threading.current_thread() in threads:
             raise ClosedError(_ENDING)
 
@@ -126,13 +178,11 @@ def _stop_between_modules(threads: AbstractSet[threading.Thread]) -> None:
 
 
 def _in_child() -> None:
-    exit_guard.after_fork()
-    for workers in list(live_workers):
-        workers.after_fork()
+    for owner, callback in list(_fork_hooks.items()):
+        callback(owner)
 
 
+on_fork(_exit_guard, _ExitGuard.after_fork)
 atexit.register(_at_exit)
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)

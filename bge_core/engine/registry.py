@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
-from bge_core.engine.process import hold_interpreter_exit
+from bge_core.engine.process import hold_interpreter_exit, on_fork
 
 if TYPE_CHECKING:
     from bge_core.engine.scheduler import Engine
 
 __all__ = ["shared_engine"]
 
-_engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
-_loading = threading.RLock()
+
+class _Registry:
+    def __init__(self) -> None:
+        self.engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        self.loading = threading.RLock()
+
+
+_registry = _Registry()
+on_fork(_registry, _Registry.after_fork)
 
 
 def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
@@ -28,19 +37,13 @@ def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
 
     Returns:
         An engine that lives as long as somebody holds it.
+
+    Raises:
+        ClosedError: The interpreter is ending.
     """
-    with _loading, hold_interpreter_exit():
-        engine = _engines.get(key)
+    with _registry.loading, hold_interpreter_exit():
+        engine = _registry.engines.get(key)
         if engine is None:
             engine = load()
-            _engines[key] = engine
+            _registry.engines[key] = engine
         return engine
-
-
-def _in_child() -> None:
-    global _loading  # noqa: PLW0603 -- a lock that another thread held at the fork stays locked
-    _loading = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)

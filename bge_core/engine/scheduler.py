@@ -20,10 +20,10 @@ import torch
 
 from bge_core.backends.packing import fill
 from bge_core.engine.process import (
-    IDLE_SECONDS,
-    exit_guard,
-    live_workers,
+    at_exit,
+    is_exiting,
     lower_thread_priority,
+    on_fork,
     trim_heap,
 )
 from bge_core.errors import ComputationError, closed_error, closed_while_waiting_error
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 Priority = Literal["interactive", "background"]
 Rows = list[Any]
+
+# After background work the heap goes back to the system once no more came for so long.
+_IDLE_SECONDS = 1.0
 
 
 class _Job:
@@ -116,7 +119,8 @@ class _Workers:
         self.closed = False
         self.forked = False
         self._start_over()
-        live_workers.add(self)
+        on_fork(self, _Workers.after_fork)
+        at_exit(self)
 
     def _start_over(self) -> None:
         self.ready = threading.Condition()
@@ -163,7 +167,7 @@ class _Workers:
 
     def _work(self, priority: Priority, index: int) -> None:
         self._serve(priority, index)
-        if not exit_guard.ending:
+        if not is_exiting():
             trim_heap()
 
     def _serve(self, priority: Priority, index: int) -> None:
@@ -188,7 +192,7 @@ class _Workers:
                     self.ready.wait(idle_since and max(0.0, idle_since - time.monotonic()))
             if pack:
                 self._run(pack, runner, index)
-                idle_since = time.monotonic() + IDLE_SECONDS if priority == "background" else None
+                idle_since = time.monotonic() + _IDLE_SECONDS if priority == "background" else None
             elif idle_since and time.monotonic() >= idle_since:
                 trim_heap()
                 idle_since = None

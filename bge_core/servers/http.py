@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from bge_core.arguments import check_secret
+from bge_core.engine.process import on_fork
 from bge_core.errors import ArgumentError, EndpointError, InputTypeError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Endpoint:
     def _start(self) -> None:
         self._client: httpx.AsyncClient | None = None
         self._let_go: Callable[[], object] | None = None
-        _endpoints.add(self)
+        on_fork(self, Endpoint._start)  # the parent's connections are not this process's
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration, without connections."""
@@ -211,9 +212,10 @@ class _Home:
     """The event loop of this process's requests."""
 
     def __init__(self) -> None:
-        self.reset()
+        self.after_fork()
 
-    def reset(self) -> None:
+    def after_fork(self) -> None:
+        """Let go of the parent's loop, whose thread is not in this process."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -224,6 +226,10 @@ class _Home:
                 threading.Thread(target=loop.run_forever, name="bge-endpoint", daemon=True).start()
                 self._loop = loop
             return self._loop
+
+
+_home = _Home()
+on_fork(_home, _Home.after_fork)
 
 
 def _disconnect(client: httpx.AsyncClient, loop: asyncio.AbstractEventLoop, process: int) -> None:
@@ -281,18 +287,3 @@ def _retry_after(response: httpx.Response) -> float:
     if when.tzinfo is None:
         when = when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
-
-
-_home = _Home()
-_endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    """Let go of the parent's loop and connections, whose thread is not in this process."""
-    _home.reset()
-    for endpoint in list(_endpoints):
-        endpoint._start()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)

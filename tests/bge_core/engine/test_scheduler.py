@@ -301,7 +301,7 @@ def test_a_job_that_is_done_needs_no_garbage_collector():
 
 def test_bulk_work_gives_memory_back_once_when_nothing_more_comes(monkeypatch):
     given: list[threading.Thread] = []
-    monkeypatch.setattr(scheduler, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(scheduler, "_IDLE_SECONDS", 0.5)
     monkeypatch.setattr(scheduler, "trim_heap", lambda: given.append(threading.current_thread()))
     made = engine(Recorder())
     made.submit(sequences(5), priority="interactive").result(10)
