@@ -1,139 +1,213 @@
-"""Argument checks: is it a text, a number, one of these words? If not, a sentence says so."""
+"""Argument checks: is it a text, a number, one of these words? If not, a sentence says so.
+
+Each check takes the argument's name and its value, and returns the value as the rest of the code
+may take it. Used as `arguments.text("query", query)`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal, get_args
+from numbers import Integral, Real
+from typing import Literal, TypeVar, get_args
 
 from bge_core.errors import ArgumentError, InputTypeError
 
 __all__ = [
+    "LONG_PASSAGES",
+    "ON_TRUNCATION",
+    "PRIORITIES",
     "LongPassages",
     "OnTruncation",
-    "check_long_passages",
-    "check_on_truncation",
-    "check_pairs",
-    "check_text",
-    "check_texts",
+    "Priority",
+    "flag",
+    "number",
+    "one_of",
+    "pairs",
+    "secret",
+    "text",
+    "texts",
+    "whole_number",
 ]
 
 OnTruncation = Literal["ignore", "warn", "error"]
 LongPassages = Literal["truncate", "window"]
+Priority = Literal["interactive", "background"]
+
+ON_TRUNCATION: tuple[OnTruncation, ...] = get_args(OnTruncation)
+LONG_PASSAGES: tuple[LongPassages, ...] = get_args(LongPassages)
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+Word = TypeVar("Word", bound=str)
 
 
-def check_on_truncation(value: str) -> OnTruncation:
-    """Refuse an unknown truncation policy.
-
-    Raises:
-        ArgumentError: `value` is none of "ignore", "warn" and "error".
-    """
-    for word in get_args(OnTruncation):
-        if value == word:
-            return word  # type: ignore[no-any-return]
-    msg = f"on_truncation={value!r} is not served: use 'ignore', 'warn' or 'error'."
-    raise ArgumentError(msg)
-
-
-def check_long_passages(value: str) -> LongPassages:
-    """Refuse an unknown way with what doesn't fit.
-
-    Raises:
-        ArgumentError: `value` is neither "truncate" nor "window".
-    """
-    for word in get_args(LongPassages):
-        if value == word:
-            return word  # type: ignore[no-any-return]
-    msg = f"long_passages={value!r} is not served: use 'truncate' or 'window'."
-    raise ArgumentError(msg)
-
-
-def check_text(text: object, argument: str) -> str:
+def text(name: str, value: object) -> str:
     """Refuse what is no text, or no valid Unicode, naming the argument.
 
     Raises:
         InputTypeError: Not a str.
         ArgumentError: A str with a lone surrogate, which no tokenizer can read.
     """
-    if not isinstance(text, str):
-        msg = f"{argument} must be a str, got {_kind(text)}."
+    if not isinstance(value, str):
+        msg = f"{name} must be a str, got {_kind(value)}."
         raise InputTypeError(msg)
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as exc:
         msg = (
-            f"{argument} has a lone surrogate (U+{ord(text[exc.start]):04X}) at character "
+            f"{name} has a lone surrogate (U+{ord(value[exc.start]):04X}) at character "
             f"{exc.start}, so it is not valid Unicode. Repair it with "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         )
         raise ArgumentError(msg) from exc
     # A subclass such as numpy.str_ becomes a plain str.
-    return text if type(text) is str else str.__str__(text)
+    return value if type(value) is str else str.__str__(value)
 
 
-def check_texts(texts: object, argument: str) -> list[str]:
+def texts(name: str, value: object) -> list[str]:
     """Refuse what is no list of texts, naming the argument and the item.
 
     Args:
-        texts: A list, a tuple, an array of strings or any other iterable with an order.
-        argument: Its name, for the message.
+        name: The argument's name, for the message.
+        value: A list, a tuple, an array of strings or any other iterable with an order.
 
     Raises:
         InputTypeError: A single str, None, a mapping, a set, or an item that is no str.
         ArgumentError: An item with a lone surrogate.
     """
-    if isinstance(texts, str):
-        msg = f"{argument} must be a list of str, got one str: put it in a list, [text]."
+    if isinstance(value, str):
+        msg = f"{name} must be a list of str, got one str: put it in a list, [text]."
         raise InputTypeError(msg)
-    if not isinstance(texts, Iterable) or isinstance(
-        texts, (bytes, bytearray, Mapping, AbstractSet)
+    if not isinstance(value, Iterable) or isinstance(
+        value, (bytes, bytearray, Mapping, AbstractSet)
     ):
-        msg = f"{argument} must be a list of str, got {_kind(texts)}."
+        msg = f"{name} must be a list of str, got {_kind(value)}."
         raise InputTypeError(msg)
-    return [check_text(text, f"{argument}[{index}]") for index, text in enumerate(texts)]
+    return [text(f"{name}[{index}]", item) for index, item in enumerate(value)]
 
 
-def check_pairs(pairs: object) -> list[tuple[str, str]]:
+def pairs(name: str, value: object) -> list[tuple[str, str]]:
     """Refuse what is no list of pairs of texts.
 
     Raises:
         InputTypeError: It is no list, or an item is no pair of str.
         ArgumentError: A text with a lone surrogate.
     """
-    if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes, Mapping, AbstractSet)):
-        msg = f"pairs must be a list of (query, passage), got {type(pairs).__name__}."
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, AbstractSet)):
+        msg = f"{name} must be a list of (query, passage), got {type(value).__name__}."
         raise InputTypeError(msg)
     checked = []
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(value):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            msg = f"pairs[{index}] must be (query, passage), got {pair!r:.60}."
+            msg = f"{name}[{index}] must be (query, passage), got {pair!r:.60}."
             raise InputTypeError(msg)
-        checked.append(
-            (check_text(pair[0], f"pairs[{index}][0]"), check_text(pair[1], f"pairs[{index}][1]"))
-        )
+        checked.append((text(f"{name}[{index}][0]", pair[0]), text(f"{name}[{index}][1]", pair[1])))
     return checked
 
 
-def _kind(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} ({str(value)[:40]!r})"
-
-
-def check_secret(name: str, secret: object) -> str:
-    """Give a token as an HTTP header carries it: one that was read from a file ends with a newline.
+def secret(name: str, value: object) -> str:
+    """Return a token as an HTTP header carries it: one read from a file ends with a newline.
 
     Args:
         name: The argument's name.
-        secret: What was given; it is in no message.
+        value: What was given; no message shows it.
 
     Raises:
         InputTypeError: It is no str.
         ArgumentError: It is empty, or no header can carry it.
     """
-    if not isinstance(secret, str):
-        msg = f"{name} must be a str or None, got {type(secret).__name__}."
+    if not isinstance(value, str):
+        msg = f"{name} must be a str or None, got {type(value).__name__}."
         raise InputTypeError(msg)
-    bare = secret.strip()
+    bare = value.strip()
     if not bare or not (bare.isascii() and bare.isprintable()):
         msg = f"{name} is empty, or has characters that no HTTP header can carry: pass the token."
         raise ArgumentError(msg)
     return bare
+
+
+def whole_number(
+    name: str, value: object, *, least: int = 1, unit: str = "", instead: str = ""
+) -> int:
+    """Refuse what is no whole number, or too small a one.
+
+    Args:
+        name: The argument's name.
+        value: An int, or a numpy integer. A bool is none.
+        least: The least number that is served.
+        unit: What is counted, such as `" of tokens"`, for the message.
+        instead: What else the argument takes, such as `" or None"`, for the message.
+
+    Raises:
+        InputTypeError: No whole number.
+        ArgumentError: Less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        msg = f"{name} must be a whole number{unit}{instead}, got {value!r:.60}."
+        raise InputTypeError(msg)
+    if value < least:
+        msg = f"{name} must be {least} or more{',' if instead else ''}{instead}, got {value}."
+        raise ArgumentError(msg)
+    return int(value)
+
+
+def number(name: str, value: object, *, unit: str = "", instead: str = "") -> float:
+    """Refuse what is no number; NaN and infinity are left to the caller.
+
+    Args:
+        name: The argument's name.
+        value: An int, a float or numpy's. A bool is none.
+        unit: What is counted, such as `" of seconds"`, for the message.
+        instead: What else the argument takes, such as `" or None"`, for the message.
+
+    Raises:
+        InputTypeError: No number.
+        ArgumentError: A whole number that no float can hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        msg = f"{name} must be a number{unit}{instead}, got {value!r:.60}."
+        raise InputTypeError(msg)
+    try:
+        return float(value)
+    except OverflowError as exc:
+        msg = f"{name} is too large for a float: pass a number below 1e308."
+        raise ArgumentError(msg) from exc
+
+
+def one_of(name: str, value: object, words: Sequence[Word], *, instead: str = "") -> Word:
+    """Refuse what is none of some words.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+        words: What is served.
+        instead: What else the argument takes, such as `", or None"`, for the message.
+
+    Raises:
+        ArgumentError: It is none of them.
+    """
+    for word in words:
+        if isinstance(value, str) and value == word:
+            return word
+    *firsts, last = map(repr, words)
+    msg = f"{name}={value!r:.60} is not served: use {', '.join(firsts)} or {last}{instead}."
+    raise ArgumentError(msg)
+
+
+def flag(name: str, value: object) -> bool:
+    """Refuse what is no bool: of a text, such as "false", the opposite would be done.
+
+    Raises:
+        InputTypeError: Neither True nor False.
+    """
+    if isinstance(value, bool):
+        return value
+    hint = ""
+    if isinstance(value, str):
+        hint = f" A text from a file or an environment variable: compare it, {name}=text == 'true'."
+    msg = f"{name} must be True or False, got {value!r:.60}.{hint}"
+    raise InputTypeError(msg)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} ({str(value)[:40]!r})"

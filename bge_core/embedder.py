@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bge_core.arguments import check_long_passages, check_text, check_texts
+from bge_core import arguments
 from bge_core.backends.output_cache import find_passes
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.source import Source
 from bge_core.devices import Placement
 from bge_core.engine.call import run_off_loop
 from bge_core.engine.local_model import LocalModel
-from bge_core.errors import ArgumentError
+from bge_core.lifecycle import fingerprint_of
 from bge_core.prompts import QueryExample, resolve_prompts
 from bge_core.tokenizer import Ask, can_check_inline
 from bge_core.windows import MeanWindow, cut_windows
@@ -68,12 +67,12 @@ class DenseEmbedder(ABC):
         normalize: bool,
     ) -> None:
         if query_instruction is not None:
-            query_instruction = check_text(query_instruction, "query_instruction")
+            query_instruction = arguments.text("query_instruction", query_instruction)
         if task_description is not None:
-            task_description = check_text(task_description, "task_description")
+            task_description = arguments.text("task_description", task_description)
         self._instruction = query_instruction
         self._task = task
-        self._normalize = normalize
+        self._normalize = arguments.flag("normalize", normalize)
         self._task_description = task_description
         self._examples = QueryExample.all_of(examples)
         self._resolved: PromptTemplate | None = None
@@ -198,14 +197,14 @@ class DenseEmbedder(ABC):
         return await asyncio.to_thread(self._vectors, rows)
 
     def _queries(self, texts: Iterable[str]) -> list[str]:
-        checked = check_texts(texts, "texts")
+        checked = arguments.texts("texts", texts)
         if self._template.instruction is None:
             _warn_of_no_instruction(self.model, self._profile())
         before = self._template.before
         return [f"{before}{text}" for text in checked] if before else checked
 
     def _documents(self, texts: Iterable[str]) -> list[str]:
-        checked = check_texts(texts, "texts")
+        checked = arguments.texts("texts", texts)
         before = self._template.document
         return [f"{before}{text}" for text in checked] if before else checked
 
@@ -317,10 +316,11 @@ class Embedder(LocalModel[str], DenseEmbedder):
         trust_remote_code: bool = False,
         token: str | None = None,
     ) -> None:
-        if pooling is not None and pooling not in _POOLINGS:
-            msg = f"pooling={pooling!r} is not served: use 'cls', 'mean' or 'last', or None."
-            raise ArgumentError(msg)
-        self._long_passages = check_long_passages(long_passages)
+        if pooling is not None:
+            arguments.one_of("pooling", pooling, _POOLINGS, instead=", or None")
+        self._long_passages = arguments.one_of(
+            "long_passages", long_passages, arguments.LONG_PASSAGES
+        )
         DenseEmbedder.__init__(
             self,
             query_instruction=query_instruction,
@@ -380,7 +380,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
             *([frame.examples, frame.after] if frame.after else []),
             *(["window"] if self._long_passages == "window" else []),
         )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return fingerprint_of(*parts)
 
     def _encode(
         self, tokenizer: Tokenizer, items: Sequence[str]

@@ -13,6 +13,8 @@ BGEError
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 __all__ = [
     "ArgumentError",
     "BGEError",
@@ -23,6 +25,9 @@ __all__ = [
     "InputTypeError",
     "MissingExtraError",
     "TruncationError",
+    "closed_error",
+    "closed_while_waiting_error",
+    "needs_extra",
 ]
 
 
@@ -72,3 +77,26 @@ def closed_while_waiting_error(model: str) -> ClosedError:
     """Say that a model was closed under somebody who waited."""
     msg = f"The model {model!r} was closed before this work was done."
     return ClosedError(msg)
+
+
+def needs_extra(
+    exc: ImportError, what: str, *, packages: Collection[str], install: str, instead: str = ""
+) -> MissingExtraError:
+    """Return the error that says how to install what an import did not find.
+
+    Args:
+        exc: What the import raised.
+        what: What needs the packages, such as `"bge_core.mteb"`.
+        packages: Their import names.
+        install: What pip installs, such as `"'bge-adapters[mteb]'"`.
+        instead: What else to do, such as `", or pass backend='torch'"`.
+
+    Raises:
+        ImportError: `exc` itself, where it is about another module: one of the packages is there
+            and broken, and installing it again would not help.
+    """
+    missing = (exc.name or "").partition(".")[0]
+    if not isinstance(exc, ModuleNotFoundError) or missing not in packages:
+        raise exc
+    msg = f"{what} needs {missing}, which is not installed: pip install {install}{instead}"
+    return MissingExtraError(msg)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bge_core.arguments import check_long_passages
+from bge_core import arguments
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import HEADS, read
 from bge_core.checkpoints.source import Source, locate
@@ -113,7 +113,7 @@ def make_scorer(
             )
             raise ArgumentError(msg)
         reject_local_options(None, api_key=api_key, timeout=timeout, local=shared)
-        if check_long_passages(long_passages) == "window":
+        if arguments.one_of("long_passages", long_passages, arguments.LONG_PASSAGES) == "window":
             msg = (
                 f"long_passages='window' is for rerankers, and {os.fspath(model)!r} scores whole "
                 "texts by its three outputs: leave it out, or use a reranker."

@@ -1,8 +1,9 @@
-"""What a model here and one on a server share: how they are closed, waited for and pickled."""
+"""What a model here and one on a server share: how they are closed, waited for and known again."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from abc import ABC, abstractmethod
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from bge_core.errors import closed_error, closed_while_waiting_error
 
-__all__ = ["Closeable", "ContextManaged"]
+__all__ = ["Closeable", "ContextManaged", "fingerprint_of"]
 
 Done = TypeVar("Done")
 
@@ -93,3 +94,8 @@ class Closeable(ContextManaged):
             if not self._closed or (task is not None and task.cancelling()):
                 raise
             raise closed_while_waiting_error(self.model) from exc
+
+
+def fingerprint_of(*parts: object) -> str:
+    """Return 16 hexadecimal digits that change with any of the parts, by their repr."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bge_core.arguments import check_pairs, check_text, check_texts
+from bge_core import arguments
 from bge_core.backends.loading import load_head
 from bge_core.backends.output_cache import share_passes
 from bge_core.checkpoints.catalog import find_profile
@@ -24,7 +22,8 @@ from bge_core.engine.call import Call, non_finite_error, run_off_loop, slices_of
 from bge_core.engine.local_model import LocalModel
 from bge_core.engine.process import hold_interpreter_exit
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
-from bge_core.reranker import Ranked, Ranking, check_limits, rank_scores
+from bge_core.lifecycle import fingerprint_of
+from bge_core.reranker import Ranked, Ranking, check_limits, query_pairs, rank_scores
 from bge_core.tokenizer import Ask, can_check_inline
 
 if TYPE_CHECKING:
@@ -70,9 +69,7 @@ class M3Weights:
     def __post_init__(self) -> None:
         """Refuse weights that give no score."""
         for name, value in self.named().items():
-            if isinstance(value, bool) or not isinstance(value, Real):
-                msg = f"The weight {name} must be a number, got {value!r:.60}."
-                raise InputTypeError(msg)
+            arguments.number(f"The weight {name}", value)
             if not math.isfinite(value) or value < 0:
                 msg = f"The weight {name} must be 0 or more and finite, got {value}."
                 raise ArgumentError(msg)
@@ -202,7 +199,7 @@ class M3Embedder(LocalModel[str]):
         trust_remote_code: bool = False,
         token: str | None = None,
     ) -> None:
-        self._share = share_passes
+        self._share = arguments.flag("share_passes", share_passes)
         self._memo: PassMemo | None = None
         super().__init__(
             kind="embedder",
@@ -242,7 +239,7 @@ class M3Embedder(LocalModel[str]):
         As `Embedder.fingerprint`: the weights and the length count, not the device or the place.
         """
         parts = ("m3", self._content(), self.max_length, self.dtype)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return fingerprint_of(*parts)
 
     def require(self, *outputs: Output) -> None:
         """Refuse a checkpoint that can't give some outputs, where that is known by now.
@@ -403,18 +400,18 @@ class M3Embedder(LocalModel[str]):
     def _asked(
         self, texts: Iterable[str], dense: bool, sparse: bool, multi_vector: bool, tokens: bool
     ) -> Call[str]:
-        known = check_texts(texts, "texts")
+        known = arguments.texts("texts", texts)
         self._check_open()
         asked: dict[Output, bool] = {
-            "dense": dense,
-            "sparse": sparse,
-            "multi_vector": multi_vector,
+            "dense": arguments.flag("dense", dense),
+            "sparse": arguments.flag("sparse", sparse),
+            "multi_vector": arguments.flag("multi_vector", multi_vector),
         }
         outputs = frozenset(output for output, wanted in asked.items() if wanted)
         if not outputs:
             msg = "dense, sparse and multi_vector are all False: ask for at least one output."
             raise ArgumentError(msg)
-        if tokens and not sparse:
+        if arguments.flag("return_tokens", tokens) and not sparse:
             msg = "return_tokens=True spells the sparse output out: ask for it with sparse=True."
             raise ArgumentError(msg)
         return Call(known, ask=Ask(outputs, self._memo))
@@ -422,7 +419,7 @@ class M3Embedder(LocalModel[str]):
     def _scoring(
         self, pairs: Iterable[tuple[str, str]], weights: M3Weights | Mapping[str, float] | None
     ) -> _Scoring:
-        known = check_pairs(pairs)
+        known = arguments.pairs("pairs", pairs)
         self._check_open()
         return _Scoring(known, M3Weights.of(weights), self._read)
 
@@ -607,7 +604,7 @@ class M3Reranker(Ranking):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
         parts = (self._embedder.fingerprint, sorted(self._weights.named().items()))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return fingerprint_of(*parts)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -627,11 +624,11 @@ class M3Reranker(Ranking):
         Raises:
             BGEError: As `M3Embedder.score` says.
         """
-        return self._embedder.score(_pairs(query, passages), weights=self._weights)
+        return self._embedder.score(query_pairs(query, passages), weights=self._weights)
 
     async def ascore(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
-        pairs = await run_off_loop(_pairs, query, passages, inline=can_check_inline(passages))
+        pairs = await run_off_loop(query_pairs, query, passages, inline=can_check_inline(passages))
         return await self._embedder.ascore(pairs, weights=self._weights)
 
     def score_pairs(
@@ -702,8 +699,3 @@ def _ranked(
 ) -> list[Ranked]:
     ranked = rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
     return [Ranked(index, score) for index, score in ranked]
-
-
-def _pairs(query: str, passages: Iterable[str]) -> list[tuple[str, str]]:
-    query = check_text(query, "query")
-    return [(query, passage) for passage in check_texts(passages, "passages")]

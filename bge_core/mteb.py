@@ -14,7 +14,7 @@ import numpy as np
 
 from bge_core.embedder import Embedder
 from bge_core.engine.call import progress_bar
-from bge_core.errors import ArgumentError, InputTypeError, MissingExtraError
+from bge_core.errors import ArgumentError, InputTypeError, needs_extra
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,8 +36,9 @@ try:
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import PromptType
 except ImportError as exc:
-    msg = "bge_core.mteb needs the package mteb: run pip install 'bge-adapters[mteb]'."
-    raise MissingExtraError(msg) from exc
+    raise needs_extra(
+        exc, "bge_core.mteb", packages=("mteb",), install="'bge-adapters[mteb]'"
+    ) from exc
 
 
 # Enough for full packs on a GPU; a reranking task has millions of pairs.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bge_core.arguments import check_text
+from bge_core import arguments
 from bge_core.errors import ArgumentError, InputTypeError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class QueryExample:
         for name in ("query", "response", "instruct"):
             value = getattr(self, name)
             if value is not None or name != "instruct":
-                object.__setattr__(self, name, check_text(value, f"An example's {name}"))
+                object.__setattr__(self, name, arguments.text(f"An example's {name}", value))
 
     @classmethod
     def all_of(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from bge_core.arguments import check_long_passages, check_pairs, check_text, check_texts
+from bge_core import arguments
 from bge_core.checkpoints.source import Source
 from bge_core.devices import Placement
 from bge_core.engine.call import run_off_loop
 from bge_core.engine.local_model import LocalModel
-from bge_core.errors import ArgumentError, InputTypeError
+from bge_core.errors import ArgumentError
+from bge_core.lifecycle import fingerprint_of
 from bge_core.tokenizer import can_check_inline, can_tokenize_inline
 from bge_core.windows import BestWindow, cut_windows
 
@@ -32,7 +31,16 @@ if TYPE_CHECKING:
     from bge_core.tokenizer import Tokenizer, TokenSequence
     from bge_core.windows import Span, Window
 
-__all__ = ["PairScorer", "Ranked", "Ranking", "Reranker", "Scorer", "check_limits", "rank_scores"]
+__all__ = [
+    "PairScorer",
+    "Ranked",
+    "Ranking",
+    "Reranker",
+    "Scorer",
+    "check_limits",
+    "query_pairs",
+    "rank_scores",
+]
 
 Pair = tuple[str, str]
 
@@ -135,7 +143,7 @@ class PairScorer(Ranking):
     """
 
     def __init__(self, *, normalize: bool) -> None:
-        self._normalize = normalize
+        self._normalize = arguments.flag("normalize", normalize)
 
     @property
     @abstractmethod
@@ -187,14 +195,14 @@ class PairScorer(Ranking):
             InputTypeError: An argument of the wrong type.
             TruncationError: A pair is too long and `on_truncation="error"`.
         """
-        pairs = _pairs(query, passages)
+        pairs = query_pairs(query, passages)
         return self._shown(self._logits(pairs, show_progress=show_progress))
 
     async def ascore(
         self, query: str, passages: Iterable[str], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score passages without blocking the event loop; see `score`."""
-        pairs = await run_off_loop(_pairs, query, passages, inline=can_check_inline(passages))
+        pairs = await run_off_loop(query_pairs, query, passages, inline=can_check_inline(passages))
         return self._shown(await self._alogits(pairs, show_progress=show_progress))
 
     def score_pairs(
@@ -216,13 +224,15 @@ class PairScorer(Ranking):
             InputTypeError: An argument of the wrong type.
             TruncationError: A pair is too long and `on_truncation="error"`.
         """
-        return self._shown(self._logits(check_pairs(pairs), show_progress=show_progress))
+        return self._shown(
+            self._logits(arguments.pairs("pairs", pairs), show_progress=show_progress)
+        )
 
     async def ascore_pairs(
         self, pairs: Iterable[Pair], *, show_progress: bool = False
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score_pairs`."""
-        known = await run_off_loop(check_pairs, pairs, inline=can_check_inline(pairs))
+        known = await run_off_loop(arguments.pairs, "pairs", pairs, inline=can_check_inline(pairs))
         return self._shown(await self._alogits(known, show_progress=show_progress))
 
     def rank_spans(
@@ -250,7 +260,7 @@ class PairScorer(Ranking):
             InputTypeError: An argument of the wrong type.
         """
         self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        logits, spans = self._scored(_pairs(query, passages))
+        logits, spans = self._scored(query_pairs(query, passages))
         return self._ranked(logits, spans, top_n, score_threshold)
 
     async def arank_spans(
@@ -263,7 +273,7 @@ class PairScorer(Ranking):
     ) -> list[Ranked]:
         """Rank passages without blocking the event loop; see `rank_spans`."""
         self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        pairs = await run_off_loop(_pairs, query, passages, inline=can_check_inline(passages))
+        pairs = await run_off_loop(query_pairs, query, passages, inline=can_check_inline(passages))
         logits, spans = await self._ascored(pairs)
         return self._ranked(logits, spans, top_n, score_threshold)
 
@@ -397,7 +407,9 @@ class Reranker(LocalModel[Pair], PairScorer):
         token: str | None = None,
     ) -> None:
         PairScorer.__init__(self, normalize=normalize)
-        self._long_passages = check_long_passages(long_passages)
+        self._long_passages = arguments.one_of(
+            "long_passages", long_passages, arguments.LONG_PASSAGES
+        )
         LocalModel.__init__(
             self,
             kind="reranker",
@@ -427,7 +439,7 @@ class Reranker(LocalModel[Pair], PairScorer):
             self.dtype,
             *(["window"] if self._long_passages == "window" else []),
         )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return fingerprint_of(*parts)
 
     def _scored(self, pairs: list[Pair]) -> tuple[NDArray[np.float32], list[Span] | None]:
         if self._long_passages == "truncate" or not pairs:
@@ -492,18 +504,10 @@ def check_limits(*, top_n: int | None, score_threshold: float | None) -> None:
         InputTypeError: One of them is no number.
     """
     if top_n is not None:
-        if isinstance(top_n, bool) or not isinstance(top_n, Integral):
-            msg = f"top_n must be a whole number or None for all, got {top_n!r}."
-            raise InputTypeError(msg)
-        if top_n < 1:
-            msg = f"top_n must be 1 or more, or None for all, got {top_n}."
-            raise ArgumentError(msg)
+        arguments.whole_number("top_n", top_n, instead=" or None for all")
     if score_threshold is None:
         return
-    if isinstance(score_threshold, bool) or not isinstance(score_threshold, Real):
-        msg = f"score_threshold must be a number or None, got {score_threshold!r}."
-        raise InputTypeError(msg)
-    if math.isnan(score_threshold):
+    if math.isnan(arguments.number("score_threshold", score_threshold, instead=" or None")):
         msg = "score_threshold is NaN, which no score reaches: pass a number or None."
         raise ArgumentError(msg)
 
@@ -535,9 +539,10 @@ def _spans(call: Call[Pair]) -> list[Span] | None:
     return [call.spans[place] for place in call.places] if isinstance(call, BestWindow) else None
 
 
-def _pairs(query: str, passages: Iterable[str]) -> list[Pair]:
-    query = check_text(query, "query")
-    return [(query, passage) for passage in check_texts(passages, "passages")]
+def query_pairs(query: str, passages: Iterable[str]) -> list[Pair]:
+    """Check a query and passages, and pair them."""
+    query = arguments.text("query", query)
+    return [(query, passage) for passage in arguments.texts("passages", passages)]
 
 
 class Scorer(Ranking, Protocol):

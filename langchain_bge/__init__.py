@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from bge_core import MissingExtraError
+from bge_core.errors import MissingExtraError as MissingExtraError
+from bge_core.errors import needs_extra
 
 if TYPE_CHECKING:
     from langchain_bge.sparse import BGESparseEmbeddings
@@ -12,14 +13,13 @@ try:
     from langchain_bge.cross_encoder import BGECrossEncoder
     from langchain_bge.embeddings import BGEEmbeddings
     from langchain_bge.reranker import BGEReranker
-except ModuleNotFoundError as exc:
-    if (exc.name or "").partition(".")[0] not in ("langchain_core", "pydantic"):
-        raise
-    msg = (
-        f"langchain_bge needs langchain-core, and {exc.name!r} is not installed: "
-        "pip install 'bge-adapters[langchain]'"
-    )
-    raise MissingExtraError(msg) from exc
+except ImportError as exc:
+    raise needs_extra(
+        exc,
+        "langchain_bge",
+        packages=("langchain_core", "pydantic"),
+        install="'bge-adapters[langchain]'",
+    ) from exc
 
 try:
     __version__ = version("bge-adapters")

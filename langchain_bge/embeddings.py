@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, QueryExample, make_embedder
-from bge_core.arguments import check_text
+from bge_core import ArgumentError, QueryExample, arguments, make_embedder
 from bge_core.embedder import DenseEmbedder
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
@@ -132,14 +131,14 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
         Raises:
             BGEError: As `bge_core.Embedder.embed_queries` says.
         """
-        return _rows(self._core.embed_queries([check_text(text, "text")]))[0]
+        return _rows(self._core.embed_queries([arguments.text("text", text)]))[0]
 
     async def aembed_query(self, text: str) -> list[float]:
         """Embed a query without blocking the event loop; see `embed_query`.
 
         Queries that wait at the same time are computed in one pass.
         """
-        return _rows(await self._core.aembed_queries([check_text(text, "text")]))[0]
+        return _rows(await self._core.aembed_queries([arguments.text("text", text)]))[0]
 
     @classmethod
     def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:

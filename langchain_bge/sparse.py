@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import PrivateAttr
 
-from bge_core import M3Embedder, MissingExtraError
+from bge_core import M3Embedder
+from bge_core.errors import needs_extra
 from langchain_bge._fields import LocalModelFields
 
 if TYPE_CHECKING:
@@ -15,14 +16,13 @@ if TYPE_CHECKING:
 
 try:
     from langchain_qdrant import SparseEmbeddings, SparseVector
-except ModuleNotFoundError as exc:
-    if (exc.name or "").partition(".")[0] not in ("langchain_qdrant", "qdrant_client"):
-        raise
-    msg = (
-        f"BGESparseEmbeddings needs langchain-qdrant, and {exc.name!r} is not installed: "
-        "pip install langchain-qdrant"
-    )
-    raise MissingExtraError(msg) from exc
+except ImportError as exc:
+    raise needs_extra(
+        exc,
+        "BGESparseEmbeddings",
+        packages=("langchain_qdrant", "qdrant_client"),
+        install="langchain-qdrant",
+    ) from exc
 
 __all__ = ["BGESparseEmbeddings"]
 

@@ -2,18 +2,17 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from bge_core import MissingExtraError
+from bge_core.errors import needs_extra
 
 try:
     import llama_index.core  # noqa: F401
-except ModuleNotFoundError as exc:
-    if (exc.name or "").partition(".")[0] != "llama_index":
-        raise
-    msg = (
-        "llamaindex_bge needs llama-index-core, which is not installed: "
-        "run  pip install 'bge-adapters[llamaindex]'"
-    )
-    raise MissingExtraError(msg) from exc
+except ImportError as exc:
+    raise needs_extra(
+        exc,
+        "llamaindex_bge",
+        packages=("llama_index",),
+        install="'bge-adapters[llamaindex]'",
+    ) from exc
 
 from llamaindex_bge.embedding import BGEEmbedding
 from llamaindex_bge.reranker import BGEReranker

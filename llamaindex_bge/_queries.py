@@ -16,7 +16,9 @@ from llama_index.core.instrumentation.events.embedding import (
     EmbeddingStartEvent,
 )
 
-from bge_core.arguments import check_text, check_texts
+from bge_core import arguments
+from bge_core.engine.call import run_off_loop
+from bge_core.tokenizer import can_check_inline
 
 __all__ = ["BatchedQueries"]
 
@@ -49,11 +51,11 @@ class BatchedQueries(BaseEmbedding):
 
     def get_query_embedding(self, query: str) -> Embedding:
         """Embed one query, with the instruction in front."""
-        return self._embed_queries([check_text(query, "query")])[0]
+        return self._embed_queries([arguments.text("query", query)])[0]
 
     async def aget_query_embedding(self, query: str) -> Embedding:
         """Embed one query without blocking the event loop; see `get_query_embedding`."""
-        return (await self._aembed_queries([check_text(query, "query")]))[0]
+        return (await self._aembed_queries([arguments.text("query", query)]))[0]
 
     def get_agg_embedding_from_queries(
         self, queries: list[str], agg_fn: Callable[..., Embedding] | None = None
@@ -68,7 +70,7 @@ class BatchedQueries(BaseEmbedding):
         return (agg_fn or mean_agg)(await self._aembed_queries(queries))
 
     def _embed_queries(self, queries: list[str]) -> list[Embedding]:
-        queries = check_texts(queries, "queries")
+        queries = arguments.texts("queries", queries)
         if not queries:
             return []
         cache, found = self.embeddings_cache, dict[str, Embedding]()
@@ -88,7 +90,8 @@ class BatchedQueries(BaseEmbedding):
         return embeddings
 
     async def _aembed_queries(self, queries: list[str]) -> list[Embedding]:
-        queries = check_texts(queries, "queries")
+        inline = can_check_inline(queries)
+        queries = await run_off_loop(arguments.texts, "queries", queries, inline=inline)
         if not queries:
             return []
         cache, found = self.embeddings_cache, dict[str, Embedding]()

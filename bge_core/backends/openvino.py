@@ -22,7 +22,7 @@ import torch
 
 from bge_core.backends.base import padded_inputs, takes_types
 from bge_core.backends.loading import load_model
-from bge_core.errors import CheckpointError, MissingExtraError
+from bge_core.errors import CheckpointError, needs_extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,11 +122,13 @@ def load_openvino_runner(
     try:
         import openvino
     except ImportError as exc:
-        msg = (
-            "backend='openvino' needs the package openvino: "
-            "run pip install 'bge-adapters[openvino]', or pass backend='torch'."
-        )
-        raise MissingExtraError(msg) from exc
+        raise needs_extra(
+            exc,
+            "backend='openvino'",
+            packages=("openvino",),
+            install="'bge-adapters[openvino]'",
+            instead=", or pass backend='torch'.",
+        ) from exc
     if kind == "embedder" and (not checkpoint.plain or pooling not in ("cls", "mean", "last")):
         msg = (
             f"{checkpoint.name!r} has modules of its own, which backend='openvino' does not run: "

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bge_core.arguments import check_secret
+from bge_core import arguments
 from bge_core.checkpoints.catalog import PROFILES, find_profile
 from bge_core.checkpoints.files import first_line, weight_files
 from bge_core.errors import CheckpointError, InputTypeError
@@ -77,13 +77,13 @@ class Source:
             msg = f"model={name!r} is no folder here and no hub id: did you mean {profile.id!r}?"
             raise CheckpointError(msg)
         if token is not None:
-            token = check_secret("token", token)
+            token = arguments.secret("token", token)
         return cls(
             model=name,
             revision=revision,
             cache_folder=None if cache_folder is None else os.fspath(cache_folder),
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
+            local_files_only=arguments.flag("local_files_only", local_files_only),
+            trust_remote_code=arguments.flag("trust_remote_code", trust_remote_code),
             token=token,
         )
 

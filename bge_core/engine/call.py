@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from bge_core import arguments
 from bge_core.errors import ComputationError
 from bge_core.tokenizer import TokenSequence
 
@@ -126,7 +127,7 @@ def progress_bar(
     total: int | None, *, show: bool, unit: str = "text"
 ) -> Iterator[Callable[[int], None] | None]:
     """Give the function that moves a progress bar on, or None where none is shown."""
-    if not show:
+    if not arguments.flag("show_progress", show):
         yield None
         return
     from tqdm.auto import tqdm

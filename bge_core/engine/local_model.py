@@ -12,25 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from importlib.util import find_spec
-from numbers import Integral
 from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
-from bge_core.arguments import check_on_truncation
+from bge_core import arguments
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import check_kind, check_profile, read
 from bge_core.checkpoints.source import locate
 from bge_core.engine.call import Call, Item, non_finite_error, progress_bar, run_off_loop
 from bge_core.engine.process import hold_interpreter_exit, on_fork
-from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
+from bge_core.errors import ArgumentError, CheckpointError
 from bge_core.lifecycle import Closeable
 from bge_core.tokenizer import can_tokenize_inline, report_truncation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bge_core.arguments import OnTruncation
     from bge_core.backends.base import Runner
     from bge_core.checkpoints.metadata import Checkpoint, Kind
     from bge_core.checkpoints.source import Source
@@ -92,7 +90,9 @@ class LocalModel(Closeable, Generic[Item]):
         self._pooling = pooling
         self._max_length = _positive("max_length", max_length)
         self._batch_tokens = _positive("batch_tokens", batch_tokens)
-        self._on_truncation: OnTruncation = check_on_truncation(on_truncation)
+        self._on_truncation = arguments.one_of(
+            "on_truncation", on_truncation, arguments.ON_TRUNCATION
+        )
         self._backend = _checked_backend(backend, placement)
         self._start()
         if source.is_local:
@@ -452,19 +452,11 @@ class LocalModel(Closeable, Generic[Item]):
 def _positive(name: str, value: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name} must be a whole number of tokens or None, got {value!r}."
-        raise InputTypeError(msg)
-    if value < 1:
-        msg = f"{name} must be 1 or more, got {value}."
-        raise ArgumentError(msg)
-    return int(value)
+    return arguments.whole_number(name, value, unit=" of tokens", instead=" or None")
 
 
 def _checked_backend(backend: str, placement: Placement) -> str:
-    if backend not in ("torch", "openvino", "auto"):
-        msg = f"backend={backend!r} is not served: use 'torch', 'openvino' or 'auto'."
-        raise ArgumentError(msg)
+    arguments.one_of("backend", backend, ("torch", "openvino", "auto"))
     if backend == "openvino" and not _on_cpu(placement.devices):
         msg = (
             f"backend='openvino' runs on the CPU, not on device={list(placement.devices)}: "

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from bge_core.errors import ArgumentError, InputTypeError, MissingExtraError
+from bge_core import arguments
+from bge_core.errors import ArgumentError, InputTypeError, needs_extra
 from bge_core.scale.shards import ShardReport, ShardWorker, absolute_target, open_target
-from bge_core.scale.steps import Embed, Rerank, check_count
+from bge_core.scale.steps import Embed, Rerank
 
 if TYPE_CHECKING:
     from bge_core.scale.steps import Step
@@ -25,14 +26,10 @@ try:
     import ray
     import ray.data
     from pyarrow import fs
-except ModuleNotFoundError as exc:
-    if (exc.name or "").partition(".")[0] not in ("pyarrow", "ray"):
-        raise
-    msg = (
-        f"bge_core.ray needs Ray Data, and {exc.name!r} is not installed: "
-        "pip install 'bge-adapters[ray]'"
-    )
-    raise MissingExtraError(msg) from exc
+except ImportError as exc:
+    raise needs_extra(
+        exc, "bge_core.ray", packages=("pyarrow", "ray"), install="'bge-adapters[ray]'"
+    ) from exc
 
 
 # One batch computes while the other one is read, cut into tokens or written.
@@ -156,8 +153,8 @@ class _Worker:
 def _pool(step: Step, actors: int | None, cpus: int, *, most: int | None = None) -> dict[str, Any]:
     """Say what map_batches needs for a pool of engines, at most `most` of them."""
     if actors is not None:
-        check_count("actors", actors)
-    check_count("cpus", cpus)
+        arguments.whole_number("actors", actors)
+    arguments.whole_number("cpus", cpus)
     devices = step.devices
     kind, _, index = (devices[0] if devices else "").partition(":")
     if len(devices) > 1 or index not in ("", "0"):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bge_core.errors import ArgumentError, MissingExtraError
+from bge_core.errors import ArgumentError, needs_extra
 
 if TYPE_CHECKING:
     from bge_core.scale.steps import Step
@@ -22,11 +22,10 @@ try:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from pyarrow import fs
-except ModuleNotFoundError as exc:
-    if (exc.name or "").partition(".")[0] != "pyarrow":
-        raise
-    msg = f"{exc.name!r} is not installed: pip install 'bge-adapters[ray]'"
-    raise MissingExtraError(msg) from exc
+except ImportError as exc:
+    raise needs_extra(
+        exc, "bge_core.scale", packages=("pyarrow",), install="'bge-adapters[ray]'"
+    ) from exc
 
 _MADE_WITH = b"bge_core"
 

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from bge_core import arguments
 from bge_core.embedder import Embedder
-from bge_core.errors import ArgumentError, InputTypeError, MissingExtraError
+from bge_core.errors import ArgumentError, InputTypeError, needs_extra
 from bge_core.m3 import M3Reranker
 from bge_core.reranker import Reranker
 
-__all__ = ["Embed", "Rerank", "check_count"]
+__all__ = ["Embed", "Rerank", "Step"]
 
 try:
     import pyarrow as pa
-except ModuleNotFoundError as exc:
-    if (exc.name or "").partition(".")[0] != "pyarrow":
-        raise
-    msg = f"{exc.name!r} is not installed: pip install 'bge-adapters[ray]'"
-    raise MissingExtraError(msg) from exc
+except ImportError as exc:
+    raise needs_extra(
+        exc, "bge_core.scale", packages=("pyarrow",), install="'bge-adapters[ray]'"
+    ) from exc
 
 Role = Literal["document", "query"]
 _ROWS_AT_ONCE = 16
@@ -63,11 +63,9 @@ class Embed:
         if not isinstance(self.embedder, Embedder):
             msg = f"embedder must be a bge_core.Embedder, got {type(self.embedder).__name__}."
             raise InputTypeError(msg)
-        if self.role not in get_args(Role):
-            msg = f"role={self.role!r} is none: write 'document' or 'query'."
-            raise ArgumentError(msg)
+        arguments.one_of("role", self.role, get_args(Role))
         _check_names(text_column=self.text_column, vector_column=self.vector_column)
-        check_count("batch_size", self.batch_size)
+        arguments.whole_number("batch_size", self.batch_size)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -155,7 +153,7 @@ class Rerank:
             order_column=self.order_column,
             scores_column=self.scores_column,
         )
-        check_count("batch_size", self.batch_size)
+        arguments.whole_number("batch_size", self.batch_size)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -205,16 +203,6 @@ class Rerank:
 
 
 Step = Embed | Rerank
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse a count that is no whole number of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name} must be a whole number, got {value!r}."
-        raise InputTypeError(msg)
-    if value < 1:
-        msg = f"{name} must be 1 or more, got {value}."
-        raise ArgumentError(msg)
 
 
 def _check_names(**columns: str) -> None:

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from bge_core.arguments import check_secret
+from bge_core import arguments
 from bge_core.engine.process import on_fork
 from bge_core.errors import ArgumentError, EndpointError, InputTypeError
 
@@ -76,7 +76,7 @@ class Endpoint:
 
     def __init__(self, url: str, *, api_key: str | None, timeout: float | None) -> None:
         self.url = _checked_url(url)
-        self._api_key = None if api_key is None else check_secret("api_key", api_key)
+        self._api_key = None if api_key is None else arguments.secret("api_key", api_key)
         self._timeout = _checked_timeout(timeout)
         self._start()
 
@@ -266,13 +266,11 @@ def _checked_url(url: object) -> str:
 def _checked_timeout(timeout: object) -> float:
     if timeout is None:
         return 60.0
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        msg = f"timeout must be a number of seconds or None, got {timeout!r}."
-        raise InputTypeError(msg)
-    if not 0 < timeout < math.inf:
+    seconds = arguments.number("timeout", timeout, unit=" of seconds", instead=" or None")
+    if not 0 < seconds < math.inf:
         msg = f"timeout must be a number of seconds above 0, got {timeout!r}."
         raise ArgumentError(msg)
-    return float(timeout)
+    return seconds
 
 
 def _retry_after(response: httpx.Response) -> float:

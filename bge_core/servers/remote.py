@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from bge_core.embedder import DenseEmbedder
 from bge_core.errors import CheckpointError
+from bge_core.lifecycle import fingerprint_of
 from bge_core.reranker import PairScorer
 from bge_core.servers.base import (
     RemoteModel,
@@ -114,7 +114,7 @@ class RemoteEmbedder(RemoteModel[str], DenseEmbedder):
         frame = self._template
         asked = (frame.examples, frame.before, frame.after, frame.document)
         parts = ("served", self._content(), asked, self._normalize)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return fingerprint_of(*parts)
 
     def _expected(self) -> int | None:
         if folder := self._folder():
@@ -225,7 +225,7 @@ class RemoteReranker(RemoteModel[tuple[str, str]], PairScorer):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the model's name and the scale."""
         parts = ("served", self._content(), self._normalize)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return fingerprint_of(*parts)
 
     async def _rows(
         self, items: Sequence[tuple[str, str]], progress: Progress

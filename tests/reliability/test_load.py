@@ -253,14 +253,11 @@ async def test_long_lists_are_checked_and_given_off_the_event_loop(
 ):
     import langchain_bge.embeddings
     import llamaindex_bge.embedding
-    from bge_core import embedder, m3, reranker, scorer
+    from bge_core import arguments, factory
 
     seen: dict[str, set[threading.Thread]] = {}
     for module, names in (
-        (embedder, ("check_texts",)),
-        (reranker, ("check_texts", "check_pairs")),
-        (m3, ("check_texts", "check_pairs")),
-        (scorer, ("check_texts",)),
+        (arguments, ("texts", "pairs")),
         (langchain_bge.embeddings, ("_rows",)),
         (llamaindex_bge.embedding, ("_rows",)),
     ):
@@ -279,7 +276,7 @@ async def test_long_lists_are_checked_and_given_off_the_event_loop(
         await one.aembed_queries(["the instruction is known from now on"])
         for threads in seen.values():
             threads.clear()
-        ranker = scorer.make_scorer(m3_folder)
+        ranker = factory.make_scorer(m3_folder)
         for work in (
             one.aembed_queries(texts),
             two.ascore("q", texts),

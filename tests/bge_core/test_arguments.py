@@ -1,0 +1,121 @@
+"""The checks of arguments: what each takes, and the sentence for the rest."""
+
+import numpy as np
+import pytest
+
+from bge_core import (
+    ArgumentError,
+    Embedder,
+    InputTypeError,
+    M3Embedder,
+    M3Weights,
+    RemoteEmbedder,
+    RemoteReranker,
+    Reranker,
+    arguments,
+)
+from bge_core.errors import MissingExtraError, needs_extra
+
+URL = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize("wrong", ["false", "True", "", 0, 1, None, [], np.True_])
+def test_a_flag_is_a_bool_and_nothing_else(wrong):
+    with pytest.raises(InputTypeError, match=r"^loud must be True or False, got "):
+        arguments.flag("loud", wrong)
+    assert arguments.flag("loud", False) is False
+
+
+FLAGS = [
+    ("Embedder", "normalize"),
+    ("Embedder", "local_files_only"),
+    ("Embedder", "trust_remote_code"),
+    ("Embedder", "use_fp16"),
+    ("Reranker", "normalize"),
+    ("Reranker", "local_files_only"),
+    ("Reranker", "trust_remote_code"),
+    ("M3Embedder", "trust_remote_code"),
+    ("M3Embedder", "local_files_only"),
+    ("RemoteEmbedder", "normalize"),
+    ("RemoteReranker", "normalize"),
+]
+CLASSES = {
+    "Embedder": lambda **given: Embedder("BAAI/bge-small-en-v1.5", **given),
+    "Reranker": lambda **given: Reranker("BAAI/bge-reranker-base", **given),
+    "M3Embedder": lambda **given: M3Embedder("BAAI/bge-m3", **given),
+    "RemoteEmbedder": lambda **given: RemoteEmbedder(
+        "BAAI/bge-small-en-v1.5", endpoint=URL, **given
+    ),
+    "RemoteReranker": lambda **given: RemoteReranker(
+        "BAAI/bge-reranker-base", endpoint=URL, **given
+    ),
+}
+
+
+@pytest.mark.parametrize(("cls", "name"), FLAGS)
+def test_every_flag_refuses_the_text_of_an_environment_variable(cls, name):
+    with pytest.raises(InputTypeError, match=rf"^{name} must be True"):
+        CLASSES[cls](**{name: "false"})
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "multi_vector", "return_tokens"])
+def test_outputs_are_asked_for_by_a_bool(m3_folder, name):
+    with M3Embedder(m3_folder) as m3, pytest.raises(InputTypeError, match=name):
+        m3.encode(["a"], **{name: "false"})
+
+
+async def test_show_progress_is_a_bool(call, en_folder, reranker_folder, m3_folder):
+    with (
+        Embedder(en_folder) as embedder,
+        Reranker(reranker_folder) as reranker,
+        M3Embedder(m3_folder) as m3,
+    ):
+        for model, verb, given in (
+            (embedder, "embed_documents", (["a"],)),
+            (reranker, "score", ("a", ["b"])),
+            (reranker, "score_pairs", ([("a", "b")],)),
+            (m3, "encode", (["a"],)),
+            (m3, "score", ([("a", "b")],)),
+        ):
+            with pytest.raises(InputTypeError, match="show_progress must be True or False"):
+                await call(model, verb, *given, show_progress="no")
+
+
+@pytest.mark.parametrize("wrong", [True, "3", 3.0, None])
+def test_a_whole_number(wrong):
+    with pytest.raises(InputTypeError, match="n must be a whole number of rows, got"):
+        arguments.whole_number("n", wrong, unit=" of rows")
+    assert type(arguments.whole_number("n", np.int64(3))) is int
+    with pytest.raises(ArgumentError, match="n must be 1 or more, got 0"):
+        arguments.whole_number("n", 0)
+    assert arguments.whole_number("n", 0, least=0) == 0
+
+
+@pytest.mark.parametrize("wrong", [True, "3", None, 1j])
+def test_a_number(wrong):
+    with pytest.raises(InputTypeError, match="n must be a number, got"):
+        arguments.number("n", wrong)
+    assert arguments.number("n", np.float32(0.5)) == 0.5
+    with pytest.raises(ArgumentError, match="too large"):
+        M3Weights(dense=10**400)
+
+
+@pytest.mark.parametrize("wrong", ["b", "", None, ["a"], np.array(["a"])])
+def test_one_of_some_words(wrong):
+    with pytest.raises(ArgumentError, match=r"is not served: use 'a', 'aa' or 'aaa', or None\.$"):
+        arguments.one_of("word", wrong, ("a", "aa", "aaa"), instead=", or None")
+    assert arguments.one_of("word", "aa", ("a", "aa")) == "aa"
+
+
+def test_only_a_package_that_is_not_there_is_an_extra_that_is_missing():
+    missing = ModuleNotFoundError("No module named 'mteb'", name="mteb.types")
+    error = needs_extra(missing, "This", packages=("mteb",), install="mteb")
+    assert isinstance(error, MissingExtraError)
+    assert str(error) == "This needs mteb, which is not installed: pip install mteb"
+    for other in (
+        ModuleNotFoundError("No module named 'x'", name="x"),
+        ImportError("cannot import name 'Y' from 'mteb'", name="mteb"),
+    ):
+        with pytest.raises(ImportError, match=str(other)) as raised:
+            needs_extra(other, "This", packages=("mteb",), install="mteb")
+        assert raised.value is other
