@@ -29,8 +29,7 @@ from qdrant_client import QdrantClient, models
 from rich.console import Console
 
 from bge_core import Embedder
-from bge_core.scale.ray import write_shards
-from bge_core.scale.steps import Embed
+from bge_core.ray import Embed, write_shards
 
 COLLECTION = "passages"
 SHARDS = 4

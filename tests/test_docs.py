@@ -46,7 +46,7 @@ def examples() -> list[object]:
         text = page.read_text(encoding="utf-8")
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if page == README and "bge_core.ray" in match.group(1):
-                continue  # a cluster opens sockets: tests/bge_core/scale/test_ray.py runs it elsewhere
+                continue  # a cluster opens sockets: test_ray.py runs it in a process of its own
             line = text[: match.start()].count("\n") + 2
             found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
     return found

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-import bge_core.backends.select
+import bge_core.backends.stock
 from bge_core import (
     ArgumentError,
     CheckpointError,
@@ -454,7 +454,7 @@ async def test_scores_are_the_logits_of_yes(
 ):
     caplog.set_level(logging.DEBUG, logger="bge_core")
     if padded:
-        monkeypatch.setattr(bge_core.backends.select, "stock_encoder", lambda *_: None)
+        monkeypatch.setattr(bge_core.backends.stock, "transformers_encoder", lambda *_: None)
     with Reranker(
         gemma_reranker_folder, normalize=False, max_length=max_length, on_truncation="ignore"
     ) as reranker:

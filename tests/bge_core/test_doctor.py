@@ -74,7 +74,7 @@ def test_an_embedder(page, en_folder):
     assert rows["pooling"].startswith("cls, ")
     assert rows["max_length"] == "512 tokens of 512"
     assert rows["computes on"] == "cpu, float32"
-    assert rows["runs (query)"] == rows["runs (bulk)"] == "packed, PackedRunner"
+    assert rows["runs (interactive)"] == rows["runs (background)"] == "packed, PackedRunner"
     assert "a vector of 32, norm 1.0000" in rows["self-check"]
     assert re.fullmatch(r"\d+\.\d s", rows["loaded in"])
 

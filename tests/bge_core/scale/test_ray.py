@@ -197,7 +197,8 @@ def test_what_is_no_step_or_no_dataset_is_refused_before_ray_starts(en_folder, t
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "bge_core.ray")
+    for name in ("ray", "scale.ray", "scale.shards", "scale.steps"):
+        monkeypatch.delitem(sys.modules, f"bge_core.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bge-adapters\[ray\]'"):
         importlib.import_module("bge_core.ray")
