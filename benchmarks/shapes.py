@@ -49,7 +49,7 @@ def make(shape: Shape, root: Path, *, reranker: bool = False) -> Path:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
     folder = root / shape.name
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]  # num_labels is its base's
         vocab_size=30522,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,

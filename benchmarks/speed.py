@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import shapes
@@ -114,7 +114,7 @@ class Contenders:
     sentence_transformers: Any
 
 
-def embedders(folder: Path, *, backend: str = "torch") -> Contenders:
+def embedders(folder: Path, *, backend: Literal["torch", "openvino"] = "torch") -> Contenders:
     """Load every embedding class on one checkpoint, without an instruction."""
     from langchain_huggingface import HuggingFaceEmbeddings
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
@@ -264,7 +264,16 @@ def infinity(folder: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [INFINITY, "v2", "--model-id", folder, "--host", "127.0.0.1", "--port", port]
+    command: list[str | Path] = [
+        INFINITY,
+        "v2",
+        "--model-id",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+    ]
     command += ["--device", "cpu", "--engine", "torch"]
     command += ["--no-bettertransformer", "--no-model-warmup"]
     quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
@@ -284,7 +293,9 @@ def infinity(folder: Path) -> Iterator[str]:
         process.wait(30)
 
 
-def one_query(folder: Path, *, repeats: int, backend: str = "torch") -> Outcome:
+def one_query(
+    folder: Path, *, repeats: int, backend: Literal["torch", "openvino"] = "torch"
+) -> Outcome:
     """(d) One query, warm."""
     them, query = embedders(folder, backend=backend), shapes.queries(1)[0]
     contenders = {
@@ -536,9 +547,9 @@ def main() -> None:
         folders: dict[str, tuple[Path, shapes.Shape | None]] = {
             "stand-in": (Path(get_model_path()), None)
         }
-        for name, shape in shapes.SHAPES.items():
+        for name, made in shapes.SHAPES.items():
             if name in options.shapes:
-                folders[name] = (shapes.make(shape, Path(root)), shape)
+                folders[name] = (shapes.make(made, Path(root)), made)
         chosen = [folders[name] for name in options.shapes.split(",")]
         small = folders.get("small", chosen[0])[0]
         for letter in options.only:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,9 @@ def on_task(
             done = mteb.evaluate(MTEBEncoder(embedder), task, prediction_folder=folder, **options)
             reached.append((instruction, 0, _scores(done.task_results[0])))
         # Turning the task into one of reranking can't be undone, so this comes last.
-        for instruction, folder in predictions.items() if reranker is not None else ():
+        for instruction, folder in predictions.items():
+            if reranker is None:
+                break
             reranking = task.convert_to_reranking(folder, top_k=first)
             done = mteb.evaluate(MTEBCrossEncoder(reranker), reranking, **options)
             scores = _scores(done.task_results[0])
@@ -175,7 +178,7 @@ def _named(rankings: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[
 
 def _scores(result: TaskResult) -> dict[str, float]:
     return {
-        name: 100 * float(result.get_score(getter=lambda scores, key=key: scores[key]))
+        name: 100 * float(result.get_score(getter=itemgetter(key)))
         for name, key in MTEB_NAMES.items()
     }
 

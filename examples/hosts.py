@@ -187,7 +187,10 @@ class LlamaIndexHost:
         ]
 
 
-HOSTS = {"langchain": LangChainHost, "llamaindex": LlamaIndexHost}
+HOSTS: dict[str, type[LangChainHost | LlamaIndexHost]] = {
+    "langchain": LangChainHost,
+    "llamaindex": LlamaIndexHost,
+}
 
 
 def _stored(client: QdrantClient, collection: str) -> int:

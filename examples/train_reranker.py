@@ -513,7 +513,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     weights = {name: weight.half() for name, weight in get_peft_model_state_dict(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter_model.safetensors")
-    replace(
+    replace(  # type: ignore[call-arg]  # LoraConfig's
         model.peft_config["default"],
         base_model_name_or_path=TRUNK_NAME,
         modules_to_save=HEAD_LAYERS,

@@ -593,7 +593,7 @@ def retrieval_task(
 
             def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
                 asked = [{"id": key, "text": text} for key, (text, _) in queries.items()]
-                split = {
+                split: Any = {
                     "corpus": Dataset.from_list(documents),
                     "queries": Dataset.from_list(asked),
                     "relevant_docs": {key: grades for key, (_, grades) in queries.items()},

@@ -41,7 +41,7 @@ MODULES = (
 
 
 def examples() -> list[object]:
-    found = []
+    found: list[object] = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):

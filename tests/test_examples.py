@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import ir_measures
 import pytest
@@ -181,7 +182,7 @@ def test_evaluate_gives_what_transformers_and_ir_measures_give(
     monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
     runpy.run_path(example, run_name="__main__")
 
-    expected = []
+    expected: list[Any] = []
     for reranked in (0, 6):
         for instruction in ("", INSTRUCTION):
             asked = [instruction + text for text, _ in queries.values()]

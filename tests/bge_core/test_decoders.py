@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -364,7 +365,7 @@ def test_a_decoder_computes_in_float32_on_a_cpu_by_default(icl_folder):
 
 
 def test_tasks_and_examples_change_the_fingerprint(icl_folder, copy_of):
-    arguments = (
+    arguments: tuple[dict[str, Any], ...] = (
         {},
         {"task_description": TASK},
         {"task_description": ""},
@@ -471,7 +472,8 @@ async def test_ranks_and_thresholds_are_those_of_every_reranker(
     passages = [passage for _, passage in PAIRS]
     expected = 1 / (1 + np.exp(-logits_of_yes([("Where is Paris?", text) for text in passages])))
     middle = float(np.median(expected))
-    with make_scorer(gemma_reranker_folder) as reranker:
+    scorer: Any = make_scorer(gemma_reranker_folder)
+    with scorer as reranker:
         ranked = await call(
             reranker, "rank", "Where is Paris?", passages, score_threshold=middle - 1e-6
         )

@@ -1,6 +1,7 @@
 """The scorer that a checkpoint is for, and bge-m3 in a reranker's place."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,11 +111,12 @@ async def test_closing_closes_the_model(call, m3_folder):
 
 
 def test_the_query_is_encoded_once_and_a_passage_too(m3_folder, computed):
-    scorer = make_scorer(m3_folder)
+    scorer: Any = make_scorer(m3_folder)
     scorer.score(QUERY, PASSAGES)
     own = M3Embedder(m3_folder).encode(
         [QUERY, *PASSAGES[:4]], dense=False, sparse=False, multi_vector=True
     )
+    assert own.multi_vector is not None
     tokens = sum(len(vectors) + 1 for vectors in own.multi_vector)
     assert computed.passes == [tokens, tokens]
 

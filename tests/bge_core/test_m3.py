@@ -74,7 +74,7 @@ def reference(m3_folder):
             hidden = model(**inputs).last_hidden_state[0]
         ids = inputs["input_ids"][0].tolist()
         strengths = hidden @ sparse_head["weight"].T + sparse_head["bias"]
-        sparse = {}
+        sparse: dict[int, float] = {}
         for token, strength in zip(ids, strengths[:, 0].tolist(), strict=True):
             if token not in (0, 1, 2, 3) and strength > 0:
                 sparse[token] = max(strength, sparse.get(token, 0.0))
@@ -326,7 +326,7 @@ def test_the_model_card_s_scores():
     with M3Embedder("BAAI/bge-m3", cache_folder=_cached(), local_files_only=True) as embedder:
         dense = embedder.score(pairs, weights=only | {"dense": 1})
         # The card compares the two queries for its second one.
-        sparse = embedder.score([pairs[0], tuple(CARD[:2])], weights=only | {"sparse": 1})
+        sparse = embedder.score([pairs[0], (CARD[0], CARD[1])], weights=only | {"sparse": 1})
         multi = embedder.score(pairs, weights=only | {"multi_vector": 1})
     np.testing.assert_allclose(dense, [0.6265, 0.3477, 0.3499, 0.678], atol=2e-3)
     np.testing.assert_allclose(sparse, [0.19555, 0.0], atol=2e-3)

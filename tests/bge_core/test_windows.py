@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import unicodedata
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ async def test_a_language_model_is_asked_about_each_window(gemma_reranker_folder
     head = sum(end <= 3 for _, end in places)
     room = min(40, 40 + len(between) + len(question) - len(first)) - head
     numbered = list(enumerate(encoded["input_ids"]))[head:]
-    best = -math.inf, None
+    best: tuple[float, Any] = (-math.inf, None)
     for window in by_hand(numbered, room):
         ids = [*first, *encoded["input_ids"][:head], *(token for _, token in window)]
         with torch.inference_mode():

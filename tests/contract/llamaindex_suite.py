@@ -23,7 +23,9 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, SimilarityMode
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.ingestion.pipeline import get_transformation_hash
-from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation import (  # type: ignore[attr-defined]
+    get_dispatcher,
+)
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.embedding import (
     EmbeddingEndEvent,
@@ -75,13 +77,23 @@ class LegacyRecorder(BaseCallbackHandler):
         self.lock = threading.Lock()
 
     def on_event_start(
-        self, event_type: CBEventType, payload: Any = None, event_id: str = "", **kwargs: Any
+        self,
+        event_type: CBEventType,
+        payload: Any = None,
+        event_id: str = "",
+        parent_id: str = "",
+        **kwargs: Any,
     ) -> str:
         self.started.append((event_type, payload, event_id))
         return event_id
 
     def on_event_end(
-        self, event_type: CBEventType, payload: Any = None, event_id: str = "", **kwargs: Any
+        self,
+        event_type: CBEventType,
+        payload: Any = None,
+        event_id: str = "",
+        parent_id: str = "",
+        **kwargs: Any,
     ) -> None:
         self.ended.append((event_type, payload, event_id))
 
@@ -673,7 +685,7 @@ class RerankerContract:
         assert third is not None
         model = make(top_n=None, score_threshold=third)
         result = await call(model, "postprocess_nodes", nodes, query_str=self.query)
-        assert result == [node for node in every if node.score >= third]
+        assert result == [node for node in every if (node.score or 0.0) >= third]
         above = make(top_n=None, score_threshold=math.nextafter(every[0].score, math.inf))
         assert self.rank(above, nodes) == []
 
@@ -719,7 +731,8 @@ class RerankerContract:
         ]
         found = {type(node.node): node.node for node in self.rank(make(top_n=None), nodes)}
         assert found.keys() == {IndexNode, TextNode}
-        assert found[IndexNode].obj is held
+        index: Any = found[IndexNode]
+        assert index.obj is held
 
     # Metadata
 

@@ -38,7 +38,8 @@ def test_nothing_one_and_lists(reranker_folder):
     encoder = BGECrossEncoder(model=reranker_folder)
     assert isinstance(encoder, BaseCrossEncoder)
     assert encoder.score([]) == []
-    assert encoder.score([list(pair) for pair in PAIRS]) == encoder.score(PAIRS)
+    lists = [list(pair) for pair in PAIRS]
+    assert encoder.score(lists) == encoder.score(PAIRS)
     (score,) = encoder.score(PAIRS[:1])
     assert score == pytest.approx(encoder.score(PAIRS)[0], abs=1e-6)
 

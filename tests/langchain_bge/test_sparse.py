@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,8 @@ class TestHybrid:
         reranker = BGEReranker(model=m3_folder)
         await call(reranker, "rerank", TEXTS, QUERY)
         engines = {id(model._core._engine) for model in (dense, sparse)}
-        assert engines == {id(reranker._core._embedder._engine)}
+        core: Any = reranker._core
+        assert engines == {id(core._embedder._engine)}
 
     async def test_another_dtype_is_another_model(self, call, m3_folder, passes):
         store, _, _ = await hybrid(call, m3_folder, dtype="bfloat16")

@@ -145,7 +145,7 @@ async def test_bad_input_is_a_sentence(en_folder: Path, call: Any):
 
 def test_arguments_are_keywords(en_folder: Path):
     with pytest.raises(TypeError):
-        BGEEmbedding(en_folder)  # type: ignore[misc]
+        BGEEmbedding(en_folder)
     parameters = inspect.signature(BGEEmbedding).parameters
     assert {"model_name", "query_instruction", "device", "embeddings_cache"} <= parameters.keys()
     assert all(item.kind is item.KEYWORD_ONLY for item in parameters.values())
@@ -181,13 +181,13 @@ def test_refusals_are_sentences(en_folder: Path, arguments: dict[str, Any], said
 
 def test_a_wrong_token_is_not_shown(en_folder: Path):
     with pytest.raises(ArgumentError, match="token: input should be a valid string") as refused:
-        BGEEmbedding(model_name=en_folder, token=["hf_secret"])  # type: ignore[arg-type]
+        BGEEmbedding(model_name=en_folder, token=["hf_secret"])
     assert "hf_secret" not in str(refused.value) + str(refused.value.__cause__)
 
 
 def test_a_model_is_needed():
     with pytest.raises(ArgumentError, match="model_name is missing"):
-        BGEEmbedding()  # type: ignore[call-arg]
+        BGEEmbedding()
 
 
 def test_wrong_models_are_refused(tmp_path: Path, reranker_folder: Path, bare_unknown_folder: Path):
@@ -224,7 +224,7 @@ def test_fields_of_the_model_are_frozen(en_folder: Path):
         with pytest.raises(ArgumentError, match=rf"{name} of a BGEEmbedding can't be changed"):
             setattr(model, name, value)
     with pytest.raises(ArgumentError, match="no attribute 'nothing'"):
-        model.nothing = 1  # type: ignore[attr-defined]
+        model.nothing = 1
     model.embed_batch_size = 16
     model.num_workers = 2
     assert (model.embed_batch_size, model.num_workers) == (16, 2)
@@ -248,7 +248,8 @@ def test_weights_are_shared_and_closed(en_folder: Path):
     one, two = BGEEmbedding(model_name=en_folder), BGEEmbedding(model_name=en_folder)
     vector = one.get_text_embedding("a")
     two.get_text_embedding("a")
-    assert one._core._engine is two._core._engine
+    cores: list[Any] = [one._core, two._core]
+    assert cores[0]._engine is cores[1]._engine
     one.close()
     one.close()
     with pytest.raises(ClosedError):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from llama_index.core import Settings, StorageContext, VectorStoreIndex
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
-from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation import (  # type: ignore[attr-defined]
+    get_dispatcher,
+)
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent
 from llama_index.core.llms import MockLLM
@@ -84,7 +86,7 @@ async def test_index_and_query_engine(embed_model: BGEEmbedding, reranker_folder
     assert retrieved[0].score is not None
     vectors = [embed_model.get_query_embedding(QUERY)]
     vectors.append(embed_model.get_text_embedding(f"page: 0\n\n{DOCUMENTS[0]}"))
-    assert retrieved[0].score == pytest.approx(float(np.dot(*vectors)), abs=1e-5)
+    assert retrieved[0].score == pytest.approx(float(np.dot(vectors[0], vectors[1])), abs=1e-5)
 
     reranker = BGEReranker(model=reranker_folder, top_n=2, keep_retrieval_score=True)
     engine = index.as_query_engine(similarity_top_k=4, node_postprocessors=[reranker])

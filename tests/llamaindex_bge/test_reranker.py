@@ -273,6 +273,7 @@ async def test_the_best_window_s_characters_are_those_of_the_node_s_text(
     for node, found in zip(result, expected, strict=True):
         text = texts[found.index]
         start, end = node.node.metadata["relevance_span"]
+        assert found.span is not None
         read = contents[found.index][slice(*found.span)]
         quote = text[start:end].strip()
         assert 0 <= start < end <= len(text)

@@ -142,7 +142,8 @@ def test_one_model_is_loaded(m3_folder: Path):
     dense.get_query_embedding("a")
     sparse.get_query_embedding("a")
     reranker.postprocess_nodes([NodeWithScore(node=TextNode(text="a"))], query_str="b")
-    assert dense._core._engine is sparse._core._engine is reranker._core._embedder._engine
+    cores: list[Any] = [dense._core, sparse._core, reranker._core]
+    assert cores[0]._engine is cores[1]._engine is cores[2]._embedder._engine
 
 
 def test_configuration_travels(m3_folder: Path):

@@ -385,9 +385,9 @@ def test_paths_in_a_tokenizer_s_config_are_not_followed(en_folder, copy_of, tmp_
         words = sorted(vocabulary, key=vocabulary.__getitem__)
         (folder / file).write_text("\n".join(words), encoding="utf-8")
         (folder / "tokenizer.json").unlink()
-    words = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_path")
+    names = ("vocab_file", "tokenizer_file", "special_tokens_map_file", "name_or_path")
     # With from_slow, transformers 4 goes by the vocabulary even beside a better file.
-    edit(folder / "tokenizer_config.json", from_slow=True, **dict.fromkeys(words, str(other)))
+    edit(folder / "tokenizer_config.json", from_slow=True, **dict.fromkeys(names, str(other)))
     with Embedder(folder) as tricked, Embedder(en_folder) as plain:
         np.testing.assert_array_equal(use(tricked), use(plain))
 

@@ -113,7 +113,8 @@ class Stalls:
         gc.collect()
         gc.freeze()
         self._begun = self._now()
-        self._run, asyncio.Handle._run = asyncio.Handle._run, self._timed
+        handle: Any = asyncio.Handle
+        self._run, handle._run = handle._run, self._timed
         self._task = asyncio.create_task(self._tick())
         await asyncio.sleep(0.01)
         return self
@@ -202,14 +203,18 @@ async def test_500_queries_are_answered_while_5000_documents_are_indexed(host, e
 async def test_the_loop_goes_on_while_much_is_encoded_or_scored(
     kind, m3_folder: Path, reranker_folder: Path
 ):
+    model: Any
     if kind == "reranker":
         model = Reranker(reranker_folder, max_length=16, on_truncation="ignore")
         bulk = functools.partial(model.arank, "a panda", DOCUMENTS, top_n=3)
     else:
         model = M3Embedder(m3_folder, max_length=16, on_truncation="ignore")
         pairs = [("a panda", text) for text in DOCUMENTS]
-        work = (model.aencode, DOCUMENTS) if kind == "m3" else (model.ascore, pairs)
-        bulk = functools.partial(*work)
+        bulk = (
+            functools.partial(model.aencode, DOCUMENTS)
+            if kind == "m3"
+            else functools.partial(model.ascore, pairs)
+        )
     with model:
         await (model.arank("q", ["p"]) if kind == "reranker" else model.aencode(["p"]))
         await no_stall(bulk)
@@ -277,7 +282,7 @@ async def test_long_lists_are_checked_and_given_off_the_event_loop(
         for threads in seen.values():
             threads.clear()
         ranker = factory.make_scorer(m3_folder)
-        for work in (
+        works: tuple[Awaitable[Any], ...] = (
             one.aembed_queries(texts),
             two.ascore("q", texts),
             two.arank("q", texts),
@@ -288,8 +293,9 @@ async def test_long_lists_are_checked_and_given_off_the_event_loop(
             five.aget_agg_embedding_from_queries(texts),
             five.aget_text_embedding_batch(texts),
             four.aembed_documents(texts),
-        ):
-            await work
+        )
+        for awaited in works:
+            await awaited
         ranker.close()
     for place, threads in seen.items():
         assert threads, place

@@ -59,7 +59,8 @@ def broken(request: Any, tmp_path_factory: Any) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: Any) -> Path:
     """Where OpenVINO's models are kept from one test to the next: converting takes seconds."""
-    return tmp_path_factory.mktemp("converted")
+    folder: Path = tmp_path_factory.mktemp("converted")
+    return folder
 
 
 REMEDY = r"NaN or infinity for {}.*dtype='float32'"
@@ -112,6 +113,7 @@ async def test_half_precision_that_overflows_is_refused(m3_folder, tmp_path, cal
     with Embedder(folder, dtype="float32") as whole:
         assert np.isfinite(await call(whole, "embed_documents", TEXTS)).all()
         # A CPU computes float16 as float32 here, so this is what a GPU would have.
+        runner: Any
         (runner,) = whole._loaded().runners["background"]
         runner._encoder = load_bert(
             whole.checkpoint, kind="embedder", dtype=torch.float16, device=torch.device("cpu")

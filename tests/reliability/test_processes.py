@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_processes_take_a_model_s_configuration_and_compute(kind: str, en_folder
 def test_what_travels_is_light(
     stand_in_folder: Path, en_folder: Path, m3_folder: Path, reranker_folder: Path
 ):
-    made = [
+    made: list[Any] = [
         Embedder(stand_in_folder),
         M3Embedder(m3_folder, share_passes=True),
         Reranker(reranker_folder),

@@ -80,9 +80,9 @@ async def test_what_fails_says_no_token(
                 # With its causes, which are the hub's own errors.
                 assert TOKEN not in "".join(traceback.format_exception(caught.value))
     for wrong in ({"dtype": "int3"}, {"max_length": -1}, {"nonsense": 1}, {"device": 7}):
-        with pytest.raises((BGEError, TypeError)) as caught:
+        with pytest.raises((BGEError, TypeError)) as refused:
             MAKE[name](**wrong)
-        assert TOKEN not in "".join(traceback.format_exception(caught.value))
+        assert TOKEN not in "".join(traceback.format_exception(refused.value))
     assert TOKEN not in caplog.text + "".join(capfd.readouterr())
     assert TOKEN not in repr(recorded.seen)
 
