@@ -29,10 +29,11 @@ test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real 
 test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="-k words")
 	PYTEST_ADDOPTS='$(OLD_WARNINGS)' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-lint: $(VENV)/.dev  ## Check style, imports and types
+lint: $(VENV)/.dev  ## Check style, imports, types and spelling
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/typos
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## Mend style where a tool can

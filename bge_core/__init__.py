@@ -1,5 +1,7 @@
 """BGE embedding models and rerankers on your own machine, behind no framework's interface."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from bge_core.embedder import Embedder
 from bge_core.errors import (
     ArgumentError,
@@ -17,6 +19,11 @@ from bge_core.m3 import M3Embedder, M3Outputs, M3Reranker, M3Weights
 from bge_core.prompts import QueryExample
 from bge_core.reranker import Ranked, Reranker, Scorer
 from bge_core.servers.remote import RemoteEmbedder, RemoteReranker
+
+try:
+    __version__ = version("bge-adapters")
+except PackageNotFoundError:  # a checkout that was put on the path by hand
+    __version__ = "0+unknown"
 
 __all__ = [
     "ArgumentError",

@@ -1,8 +1,8 @@
 """BGE embeddings and rerankers for LangChain, on your own machine."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from bge_core import __version__
 from bge_core.errors import MissingExtraError as MissingExtraError
 from bge_core.errors import needs_extra
 
@@ -20,11 +20,6 @@ except ImportError as exc:
         packages=("langchain_core", "pydantic"),
         install="'bge-adapters[langchain]'",
     ) from exc
-
-try:
-    __version__ = version("bge-adapters")
-except PackageNotFoundError:  # a checkout that was put on the path by hand
-    __version__ = "0+unknown"
 
 __all__ = [
     "BGECrossEncoder",

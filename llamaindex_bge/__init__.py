@@ -1,7 +1,6 @@
 """BGE embedding models and rerankers for LlamaIndex, run on your own machine."""
 
-from importlib.metadata import PackageNotFoundError, version
-
+from bge_core import __version__
 from bge_core.errors import needs_extra
 
 try:
@@ -17,11 +16,5 @@ except ImportError as exc:
 from llamaindex_bge.embedding import BGEEmbedding
 from llamaindex_bge.reranker import BGEReranker
 from llamaindex_bge.sparse import BGESparseEmbedding
-
-try:
-    __version__ = version("bge-adapters")
-except PackageNotFoundError:
-    # Run from a checkout that was never installed.
-    __version__ = "0.0.0"
 
 __all__ = ["BGEEmbedding", "BGEReranker", "BGESparseEmbedding", "__version__"]

@@ -35,7 +35,7 @@ def test_version():
     try:
         expected = version("bge-adapters")
     except PackageNotFoundError:
-        expected = "0.0.0"
+        expected = "0+unknown"
     assert llamaindex_bge.__version__ == expected
 
 
