@@ -18,7 +18,7 @@ from bge_core.factory import make_embedder, make_reranker, make_scorer
 from bge_core.m3 import M3Embedder, M3Outputs, M3Reranker, M3Weights
 from bge_core.prompts import QueryExample
 from bge_core.reranker import Ranked, Reranker, Scorer
-from bge_core.servers.remote import RemoteEmbedder, RemoteReranker
+from bge_core.servers.models import RemoteEmbedder, RemoteReranker
 
 try:
     __version__ = version("bge-adapters")

@@ -15,7 +15,7 @@ from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError
 from bge_core.m3 import M3Embedder, M3Reranker
 from bge_core.reranker import Reranker
-from bge_core.servers.remote import RemoteEmbedder, RemoteReranker
+from bge_core.servers.models import RemoteEmbedder, RemoteReranker
 
 if TYPE_CHECKING:
     import torch

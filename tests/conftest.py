@@ -498,7 +498,7 @@ def running_server() -> Iterator[Server]:
 def server(running_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A server on loopback that does as it is told; `allow_hosts` lets a module reach it."""
     running_server.reset()
-    monkeypatch.setattr("bge_core.servers.http._WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr("bge_core.servers.http._BACKOFF", (0.01, 0.02, 0.03))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return running_server
 

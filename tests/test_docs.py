@@ -27,7 +27,7 @@ MODULES = (
     "bge_core.m3",
     "bge_core.mteb",
     "bge_core.ray",
-    "bge_core.servers.remote",
+    "bge_core.servers.models",
     "bge_core.reranker",
     "bge_core.factory",
     "langchain_bge.cross_encoder",

@@ -1,60 +1,70 @@
-"""A server's address, and how it is asked: one event loop, timeouts, a few retries, sentences."""
+"""A server's address, and how it is asked: one event loop, time limits, retries, sentences."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import html
 import json
 import math
 import os
 import re
+import reprlib
+import ssl
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from bge_core import arguments
 from bge_core.engine.process import on_fork
 from bge_core.errors import ArgumentError, EndpointError, InputTypeError
+from bge_core.servers.protocols import UnreadableAnswerError, error_message, hint_for
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     import httpx
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "StatusError"]
 
 T = TypeVar("T")
 
 _CONNECT_SECONDS = 5.0
 # Seconds before the second, third and fourth try, where the server names no time itself.
-_WAITS = (0.5, 1.0, 2.0)
+_BACKOFF = (0.5, 1.0, 2.0)
 _LONGEST_WAIT = 30.0
 # Overloaded, or a proxy whose server is away. Of the rest a repetition changes nothing.
-_PASSING = (429, 502, 503, 504)
-_OF_A_PROCESS = frozenset({"_client", "_let_go"})
+_RETRYABLE = (429, 502, 503, 504)
+# Requests that a server has at a time; the others wait for their turn, outside of their time
+# limit. text-embeddings-inference takes 512.
+_AT_ONCE = 128
+# Of the connections of a burst, so many are kept open for the next requests.
+_KEPT_ALIVE = 20
+# What is read of an answer that says that the request failed.
+_ERROR_BYTES = 1 << 14
+# An answer of so many bytes is read on the event loop: handing it over would take longer.
+_FEW_BYTES = 1 << 15
+_PROCESS_ATTRIBUTES = frozenset({"_connections", "_finalizer"})
 
-_HINTS = {
-    400: "If it serves several models, one of them must go by the name that model= gives.",
-    401: "Pass the server's token as api_key='...'.",
-    403: "Pass a token that may ask for this as api_key='...'.",
-    404: (
-        "The path is endpoint=... and what follows it here: leave /v1 out where the server has "
-        "none, and make sure that it serves a model of this kind."
-    ),
-    413: (
-        "At most 32 texts are sent at a time: raise the server's limit "
-        "(--max-client-batch-size, --payload-limit), or let it cut long texts (--auto-truncate)."
-    ),
-    422: (
-        "At most 32 texts are sent at a time: raise the server's limit "
-        "(--max-client-batch-size), or let it cut long texts (--auto-truncate)."
-    ),
-    424: "Its model failed, or is of another kind: look at the server's log.",
-    429: "It is overloaded: send less at a time, or give it more capacity.",
-}
+
+class StatusError(EndpointError):
+    """The server answered with a status that says no, and a repetition changes nothing.
+
+    Attributes:
+        status: The HTTP status.
+        text: The server's words, without the token.
+    """
+
+    status = 0
+    text = ""
 
 
 class Endpoint:
@@ -78,163 +88,446 @@ class Endpoint:
         self.url = _checked_url(url)
         self._api_key = None if api_key is None else arguments.secret("api_key", api_key)
         self._timeout = _checked_timeout(timeout)
-        self._start()
+        self._init_process_state()
 
-    def _start(self) -> None:
-        self._client: httpx.AsyncClient | None = None
-        self._let_go: Callable[[], object] | None = None
-        on_fork(self, Endpoint._start)  # the parent's connections are not this process's
+    def _init_process_state(self) -> None:
+        self._connections: _Connections | None = None
+        self._finalizer: Callable[[], object] | None = None
+        # The parent's connections are not this process's.
+        on_fork(self, Endpoint._init_process_state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration, without connections."""
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
+        state = self.__dict__
+        return {name: value for name, value in state.items() if name not in _PROCESS_ATTRIBUTES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a configuration."""
         self.__dict__.update(state)
-        self._start()
+        self._init_process_state()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start work that posts, on the endpoints' own event loop."""
-        return asyncio.run_coroutine_threadsafe(work, _home.loop())
+        """Start work that posts, on the endpoints' own event loop.
+
+        Raises:
+            EndpointError: This process can make no thread or event loop for it.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(work, _loop_thread.loop())
+        except (OSError, RuntimeError) as exc:
+            work.close()
+            said = f"can't be asked ({type(exc).__name__}: {self._shown(exc)})"
+            hint = "This process has no room for another thread and its files."
+            raise self.failed(said, hint) from exc
 
     def close(self) -> None:
         """Give up the connections; a later request would make new ones."""
-        if self._let_go is not None:
-            self._let_go()
-        self._client = self._let_go = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._connections = self._finalizer = None
 
-    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Post JSON and give the answer; a failure that may pass is met with three more tries.
+    async def post(
+        self, path: str, body: Mapping[str, Any], *, read: Callable[[Any], T], largest: int
+    ) -> T:
+        """Post JSON and read the answer; a failure that may pass is met with three more tries.
 
         Args:
             path: What follows the address.
             body: What is asked.
+            read: Makes the result of the answer's JSON, or raises `UnreadableAnswerError`.
+            largest: Bytes that an answer can have, unpacked.
 
         Raises:
-            EndpointError: The server can't be reached, fails, or gives no JSON.
+            EndpointError: The server can't be reached, fails, or gives no such answer.
         """
-        import httpx
-
         content = json.dumps(body, ensure_ascii=False).encode()
-        for wait in (*_WAITS, None):
-            asked, cause = 0.0, None
+        for wait in (*_BACKOFF, None):
+            asked = 0.0
+            cause: BaseException | None = None
             try:
-                async with asyncio.timeout(self._timeout):
-                    response = await self._connected().post(f"{self.url}{path}", content=content)
-            except TimeoutError as exc:
-                said = f"gave no answer within {self._timeout:g} seconds"
-                hint = "Pass timeout=... to wait longer, or send less at a time."
-                raise self.failed(path, said, hint) from exc
-            except (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError) as exc:
-                said = f"can't be reached ({type(exc).__name__}: {self._short(str(exc))})"
-                hint, cause = "Start the server, or correct endpoint='...'.", exc
-            except (httpx.RequestError, httpx.InvalidURL) as exc:
-                said = f"can't be used ({type(exc).__name__}: {self._short(str(exc))})"
-                raise self.failed(path, said, "Check the server and any proxy.") from exc
+                answer = await self._send("POST", path, content, largest)
+            except _UnreachableError as exc:
+                said, hint = exc.said, "Start the server, or correct endpoint='...'."
+                cause = self._shareable(exc.cause)
             else:
-                if response.is_success:
-                    return self._read(path, response)
-                said, hint = self._said(response)
-                asked = _retry_after(response)
-                if asked > _LONGEST_WAIT:
+                if answer.is_success:
+                    return await self._read(path, answer, read, largest)
+                asked = _retry_after(answer.headers)
+                too_long = asked > _LONGEST_WAIT
+                said, hint, text = self._describe_error(answer)
+                if too_long:
                     said += f", and asks for {asked:.0f} seconds"
-                if response.status_code not in _PASSING or asked > _LONGEST_WAIT:
-                    raise self.failed(path, said, hint)
+                if answer.status not in _RETRYABLE or too_long:
+                    error = StatusError(self._sentence(path, said, hint))
+                    error.status, error.text = answer.status, text
+                    raise error
             if wait is None:
-                raise self.failed(path, f"{said}, {len(_WAITS) + 1} times", hint) from cause
+                said += f", {len(_BACKOFF) + 1} times"
+                raise self.failed(said, hint, path) from cause
             await asyncio.sleep(max(wait, asked))
         raise AssertionError  # the last turn returns or raises
 
-    def failed(self, path: str, said: str, hint: str) -> EndpointError:
-        """Make the sentence of a failure.
+    async def get(self, path: str) -> Any:
+        """Get JSON of 16 KB at most, in one try.
+
+        Raises:
+            EndpointError: There is none.
+        """
+        try:
+            answer = await self._send("GET", path, b"", _ERROR_BYTES)
+        except _UnreachableError as exc:
+            raise self.failed(exc.said, "", path) from self._shareable(exc.cause)
+        if not answer.is_success:
+            said, hint, _ = self._describe_error(answer)
+            raise self.failed(said, hint, path)
+        return await self._read(path, answer, lambda found: found, _ERROR_BYTES)
+
+    def failed(self, said: str, hint: str, path: str = "") -> EndpointError:
+        """Make the error of a failure.
 
         Args:
-            path: What followed the address.
             said: What the server did.
             hint: What to do.
+            path: What followed the address.
         """
-        return EndpointError(f"{self.url}{path} {said}. {hint}".rstrip())
+        return EndpointError(self._sentence(path, said, hint))
 
     def malformed(self, path: str, found: str) -> EndpointError:
         """Say what is wrong with an answer that came without an error."""
         hint = "Is it a text-embeddings-inference or Infinity server, with no proxy that answers?"
-        return self.failed(path, f"gave an answer that can't be used: {found}", hint)
+        return self.failed(f"gave an answer that can't be used: {found}", hint, path)
 
-    def _connected(self) -> httpx.AsyncClient:
-        if self._client is None:
-            import httpx
+    async def _send(self, method: str, path: str, content: bytes, largest: int) -> _Answer:
+        """Ask once.
 
-            headers = {"Content-Type": "application/json"}
-            if self._api_key is not None:
-                headers["Authorization"] = f"Bearer {self._api_key}"
-            # The whole request has its time in `post`: a server may send a byte now and then.
-            timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-            self._client = httpx.AsyncClient(headers=headers, timeout=timeout)
-            loop = asyncio.get_running_loop()
-            self._let_go = weakref.finalize(self, _disconnect, self._client, loop, os.getpid())
-        return self._client
+        Raises:
+            _UnreachableError: What may pass.
+            EndpointError: What will not pass.
+        """
+        import httpx
 
-    def _read(self, path: str, response: httpx.Response) -> Any:
         try:
-            return response.json()
-        except ValueError as exc:
-            kind = response.headers.get("content-type", "no content type")
-            found = f"no JSON but {self._short(kind)}, {self._short(response.text)!r}"
-            raise self.malformed(path, found) from exc
+            async with (
+                self._connected().one() as connection,  # waiting for it is not the server's time
+                asyncio.timeout(self._timeout),
+            ):
+                request = httpx.Request(
+                    method,
+                    f"{self.url}{path}",
+                    headers=self._headers(),
+                    content=content,
+                    # The whole has its time above: a server may send a byte now and then.
+                    extensions={"timeout": {"connect": _CONNECT_SECONDS}},
+                )
+                response = await connection.handle_async_request(request)
+                try:
+                    return await self._collect(path, response, largest)
+                finally:
+                    await response.aclose()
+        except EndpointError:
+            raise
+        except TimeoutError as exc:
+            said = f"gave no answer within {self._timeout:g} seconds"
+            hint = "Pass timeout=... to wait longer, or send less at a time."
+            raise self.failed(said, hint, path) from exc
+        except (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError) as exc:
+            said = f"can't be reached ({type(exc).__name__}: {self._shown(exc)})"
+            raise _UnreachableError(said, exc) from None
+        # httpx hands on what sockets, ssl, idna and proxies raise, each in its own way.
+        except Exception as exc:  # noqa: BLE001
+            said = f"can't be used ({type(exc).__name__}: {self._shown(exc)})"
+            hint = "Check the server and any proxy."
+            raise self.failed(said, hint, path) from self._shareable(exc)
 
-    def _said(self, response: httpx.Response) -> tuple[str, str]:
-        status = response.status_code
-        message: Any = response.text
-        try:
-            message = response.json()
-            # TEI: error, or message with an OpenAI route; Infinity: error.message, or detail.
-            while isinstance(message, dict):
-                named = (message.get(name) for name in ("error", "message", "detail"))
-                message = next((value for value in named if value), "")
-        except ValueError:
-            pass
-        said = f"answered {status} {response.reason_phrase}".rstrip()
-        if message:
-            said += f", {self._short(str(message))!r}"
-        if response.is_redirect:
-            return said, "Write the address that it redirects to as endpoint='...'."
-        return said, _HINTS.get(status, "Look at the server's log.")
-
-    def _short(self, text: str) -> str:
+    def _headers(self) -> dict[str, str]:
+        headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip, deflate",
+            "Content-Type": "application/json",
+            "User-Agent": "bge-adapters",
+        }
         if self._api_key is not None:
-            text = text.replace(self._api_key, "***")
-        text = " ".join(re.sub(r"<[^>]*>", " ", text[:4000]).split())
-        return text if len(text) <= 200 else f"{text[:200]}..."
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return headers
+
+    def _connected(self) -> _Connections:
+        if self._connections is None:
+            self._connections = _Connections(self._transports())
+            loop = asyncio.get_running_loop()
+            self._finalizer = weakref.finalize(
+                self, _disconnect, self._connections, loop, os.getpid()
+            )
+        return self._connections
+
+    def _transports(self) -> Callable[[], httpx.AsyncHTTPTransport]:
+        """Give what makes connections, each a pool of its own.
+
+        httpx's pool looks at all of its requests and connections whenever one of them ends.
+
+        Raises:
+            EndpointError: The environment's proxy or certificates can't be used.
+        """
+        import httpx
+
+        name = _proxy_of(self.url)
+        try:
+            # What an http server never needs isn't read.
+            secure = urlsplit(self.url).scheme == "https"
+            context = httpx.create_ssl_context() if secure else _no_certificates()
+            proxy = None if name is None else httpx.Proxy(name)
+            limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+
+            def make() -> httpx.AsyncHTTPTransport:
+                return httpx.AsyncHTTPTransport(verify=context, proxy=proxy, limits=limits)
+
+            make()
+        # A package that is missing, an address that is none, a file that is none.
+        except Exception as exc:  # noqa: BLE001
+            # An address with "@" may have a password.
+            words = "" if name and "@" in name else f": {self._shown(exc)}"
+            said = f"can't be asked, as the environment says ({type(exc).__name__}{words})"
+            hint = (
+                "Correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR; "
+                "NO_PROXY names the hosts that are asked without a proxy."
+            )
+            raise self.failed(said, hint) from None
+        return make
+
+    async def _collect(self, path: str, response: httpx.Response, largest: int) -> _Answer:
+        """Read an answer as it was sent, and no more of it than it can have.
+
+        Raises:
+            EndpointError: There is more.
+        """
+        body = bytearray()
+        limit = largest if response.is_success else _ERROR_BYTES
+        raw = cast("AsyncGenerator[bytes, None]", response.aiter_raw())
+        async with contextlib.aclosing(raw) as parts:
+            async for part in parts:
+                body += part[: limit + 1 - len(body)]
+                if len(body) > limit:
+                    if response.is_success:
+                        raise self._too_large(path, largest)
+                    break
+        return _Answer(
+            status=response.status_code,
+            reason=response.reason_phrase,
+            headers=response.headers,
+            body=bytes(body),
+        )
+
+    def _too_large(self, path: str, largest: int) -> EndpointError:
+        return self.malformed(path, f"it is longer than {largest:,} bytes")
+
+    async def _read(self, path: str, answer: _Answer, read: Callable[[Any], T], largest: int) -> T:
+        """Unpack and read an answer, off the event loop unless it is short.
+
+        Raises:
+            EndpointError: It is no JSON, or not what was asked for.
+        """
+
+        def work() -> T:
+            return read(json.loads(answer.unpacked(largest)))
+
+        try:
+            if len(answer.body) <= _FEW_BYTES and not answer.encoding:
+                return work()
+            return await asyncio.get_running_loop().run_in_executor(_loop_thread.readers, work)
+        except OverflowError:
+            raise self._too_large(path, largest) from None
+        except UnreadableAnswerError as exc:
+            found = exc.found.replace("{}", self._shown(_repr(exc.value), 60))
+            raise self.malformed(path, found) from None
+        # What json says of nonsense, at its worst: ([[[[..., 10**5000, bytes of no encoding.
+        except (ValueError, RecursionError, MemoryError, zlib.error):
+            kind = self._shown(answer.headers.get("content-type", "no content type"))
+            found = f"no JSON but {kind}, {self._shown(answer.text())!r}"
+            raise self.malformed(path, found) from None
+
+    def _describe_error(self, answer: _Answer) -> tuple[str, str, str]:
+        """Say what a failure is, what to do, and all of the server's words."""
+        text = answer.text()
+        message: Any = text
+        with contextlib.suppress(ValueError, RecursionError):
+            message = error_message(json.loads(text))
+        words = message if isinstance(message, str) else _repr(message) if message else ""
+        reason = self._shown(answer.reason, 60)
+        said = f"answered {answer.status} {reason}".rstrip()
+        if words.strip():
+            said += f", {self._shown(words)!r}"
+        redirects = answer.status in (301, 302, 303, 307, 308)
+        hint = (
+            "Write the address that it redirects to as endpoint='...'."
+            if redirects
+            else hint_for(answer.status)
+        )
+        return said, hint, self._masked(text)
+
+    def _sentence(self, path: str, said: str, hint: str) -> str:
+        said = self._masked(f"{self.url}{path} {said}")
+        return self._masked(f"{said[:1000]}. {hint}".rstrip())
+
+    def _shown(self, found: object, most: int = 200) -> str:
+        """Make what came from outside short and plain, without tags and without the token."""
+        text = html.unescape(_TAG.sub(" ", str(found)))
+        text = "".join(character if character.isprintable() else " " for character in text)
+        text = self._masked(" ".join(text.split()))
+        return text if len(text) <= most else f"{text[:most]}..."
+
+    def _masked(self, text: str) -> str:
+        return text if self._api_key is None else _masked(text, self._api_key)
+
+    def _shareable(self, exc: BaseException) -> BaseException | None:
+        """Give a cause that a traceback may show: one without the token."""
+        text = str(exc)
+        return exc if self._masked(text) == text else None
 
 
-class _Home:
-    """The event loop of this process's requests."""
+class _UnreachableError(Exception):
+    """A failure that may pass."""
+
+    def __init__(self, said: str, cause: BaseException) -> None:
+        super().__init__(said)
+        self.said = said
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer as it was sent.
+
+    Attributes:
+        status: The HTTP status.
+        reason: The words behind it.
+        headers: The headers.
+        body: The bytes, packed if a header says so.
+    """
+
+    status: int
+    reason: str
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def encoding(self) -> str:
+        """How the body is packed; empty for not at all."""
+        encoding = self.headers.get("content-encoding", "").strip().lower()
+        return "" if encoding == "identity" else encoding
+
+    def unpacked(self, largest: int) -> bytes:
+        """Give the body as it was before it was packed.
+
+        Raises:
+            OverflowError: It has more than `largest` bytes.
+            UnreadableAnswerError: It is packed in a way that wasn't asked for.
+            zlib.error: It is damaged.
+        """
+        if not self.encoding:
+            return self.body
+        if self.encoding not in ("gzip", "x-gzip", "deflate"):
+            wrong = "its content-encoding is {}, and gzip or deflate was asked for"
+            raise UnreadableAnswerError(wrong, self.encoding)
+        # Both have a header that zlib knows; some send deflate without one.
+        bare = self.encoding == "deflate" and self.body[:1] and self.body[0] & 0x0F != 8
+        unpacking = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+        body = unpacking.decompress(self.body, largest + 1)
+        if len(body) > largest:
+            raise OverflowError
+        if not unpacking.eof:
+            wrong = "it ends in the middle of what is packed"
+            raise UnreadableAnswerError(wrong)
+        return body
+
+    def text(self) -> str:
+        """Give the beginning of the body as text, for a message."""
+        body = self.body
+        with contextlib.suppress(OverflowError, UnreadableAnswerError, zlib.error):
+            body = self.unpacked(_ERROR_BYTES)
+        return body[:_ERROR_BYTES].decode(errors="replace")
+
+
+class _Connections:
+    """The connections to one server: a request has one for itself, and waits for its turn."""
+
+    def __init__(self, make: Callable[[], httpx.AsyncHTTPTransport]) -> None:
+        self._make = make
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._idle: list[httpx.AsyncHTTPTransport] = []
+        self._closed = False
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[httpx.AsyncHTTPTransport]:
+        async with self._turns:
+            # The last one that was used is the least likely to be closed on the other side.
+            connection = self._idle.pop() if self._idle else self._make()
+            try:
+                yield connection
+            finally:
+                kept = len(self._idle) < _KEPT_ALIVE or self._turns.locked()
+                if kept and not self._closed:
+                    self._idle.append(connection)
+                else:
+                    await connection.aclose()
+
+    async def aclose(self) -> None:
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.aclose()
+
+
+class _LoopThread:
+    """The event loop of this process's requests, and the threads that read long answers."""
 
     def __init__(self) -> None:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Let go of the parent's loop, whose thread is not in this process."""
+        """Let go of the parent's loop and threads, which are not in this process."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Of its own: the loop's other threads may all wait for names to be resolved.
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="bge-endpoint-reader")
 
     def loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
-                threading.Thread(target=loop.run_forever, name="bge-endpoint", daemon=True).start()
+                try:
+                    name = "bge-endpoint"
+                    threading.Thread(target=loop.run_forever, name=name, daemon=True).start()
+                except BaseException:
+                    loop.close()
+                    raise
                 self._loop = loop
             return self._loop
 
 
-_home = _Home()
-on_fork(_home, _Home.after_fork)
+_loop_thread = _LoopThread()
+on_fork(_loop_thread, _LoopThread.after_fork)
 
 
-def _disconnect(client: httpx.AsyncClient, loop: asyncio.AbstractEventLoop, process: int) -> None:
+def _disconnect(connections: _Connections, loop: asyncio.AbstractEventLoop, process: int) -> None:
     if process == os.getpid() and not loop.is_closed():
-        asyncio.run_coroutine_threadsafe(client.aclose(), loop)
+        asyncio.run_coroutine_threadsafe(connections.aclose(), loop)
+
+
+def _no_certificates() -> ssl.SSLContext:
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _proxy_of(url: str) -> str | None:
+    """Find the proxy that the environment names for an address."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _checked_url(url: object) -> str:
@@ -273,15 +566,58 @@ def _checked_timeout(timeout: object) -> float:
     return seconds
 
 
-def _retry_after(response: httpx.Response) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Read how many seconds the server asks to be left alone; 0 where it says nothing."""
-    value = response.headers.get("retry-after", "").strip()
+    value = headers.get("retry-after", "").strip()
+    if len(value) > 40:
+        return 0.0
     if value.isdecimal():
         return float(value)
-    try:
+    # A date of nonsense fails in many ways.
+    with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
         when = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=UTC)
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    return 0.0
+
+
+_TAG = re.compile(r"<[^<>]*>")
+# A character as it is, and as a repr writes it where it can't be shown.
+_SPELLINGS = (re.compile(r".", re.DOTALL), re.compile(r"\\x..|\\u....|\\U.{8}|\\.|.", re.DOTALL))
+
+
+def _masked(text: str, secret: str) -> str:
+    """Put three stars in a secret's place, whatever is strewn between its letters."""
+    text = text.replace(secret, "***")
+    wanted = "".join(_folded(letter) for letter in secret if letter.isalnum())
+    if len(wanted) < 4:  # would be found in every word
+        return text
+    for spelling in _SPELLINGS:
+        letters = [found for found in spelling.finditer(text) if found[0].isalnum()]
+        squeezed = "".join(_folded(found[0]) for found in letters)
+        kept, end, at = [], 0, squeezed.find(wanted)
+        while at >= 0:
+            kept.append(text[end : letters[at].start()])
+            end = letters[at + len(wanted) - 1].end()
+            at = squeezed.find(wanted, at + len(wanted))
+        text = "***".join([*kept, text[end:]])
+    return text
+
+
+def _folded(letter: str) -> str:
+    return letter.lower() if letter.isascii() else letter
+
+
+class _Repr(reprlib.Repr):
+    """Shows any JSON value in a line, however deep and long it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxdict = 4
+        self.maxstring = self.maxother = 4096
+        self.maxlong = 40
+
+
+_repr = _Repr().repr

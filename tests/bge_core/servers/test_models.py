@@ -105,12 +105,12 @@ async def test_documents_go_as_they_are_and_queries_with_the_instruction(
 )
 def test_instructions_are_those_of_the_published_model(server, model, options, query, document):
     embedder = RemoteEmbedder(model, endpoint=server.address, **options)
-    server.embed = lambda texts: np.ones((len(texts), embedder._width or 7))
+    server.embed = lambda texts: np.ones((len(texts), embedder._served.width or 7))
     embedder.embed_queries(["x"])
     embedder.embed_documents(["x"])
     assert [body["input"] for _, body in server.asked] == [[query], [document]]
     assert {body["model"] for _, body in server.asked} == {model}
-    assert embedder.dimension == (embedder._expected() or 7)
+    assert embedder.dimension == (embedder._served.expected_width() or 7)
 
 
 def test_a_folder_s_own_prompts_are_used(server, prompt_folder):
@@ -362,7 +362,7 @@ def test_an_odd_time_to_wait_is_none(server):
 
 async def test_nobody_listens(call, monkeypatch):
     embedder = RemoteEmbedder("BAAI/bge-m3", endpoint=f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr("bge_core.servers.http._WAITS", (0.01,))
+    monkeypatch.setattr("bge_core.servers.http._BACKOFF", (0.01,))
     with pytest.raises(EndpointError, match="Start the server") as caught:
         await call(embedder, "embed_documents", ["a"])
     assert isinstance(caught.value, ConnectionError)
@@ -371,7 +371,7 @@ async def test_nobody_listens(call, monkeypatch):
 
 @pytest.mark.parametrize("endpoint", ["http://a..b", "http://" + "a" * 300])
 def test_a_name_that_no_host_can_have(endpoint, monkeypatch):
-    monkeypatch.setattr("bge_core.servers.http._WAITS", ())
+    monkeypatch.setattr("bge_core.servers.http._BACKOFF", ())
     with pytest.raises(EndpointError, match="can't be"):
         RemoteEmbedder("BAAI/bge-m3", endpoint=endpoint).embed_queries(["a"])
 

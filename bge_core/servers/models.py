@@ -1,0 +1,575 @@
+"""A model on a server: batches, requests side by side, and the embedder and reranker over it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from bge_core.checkpoints.catalog import find_profile
+from bge_core.checkpoints.metadata import check_kind, check_profile, read
+from bge_core.checkpoints.source import Source, locate
+from bge_core.embedder import DenseEmbedder
+from bge_core.engine.call import Call, progress_bar, run_off_loop
+from bge_core.errors import CheckpointError, ComputationError
+from bge_core.lifecycle import Closeable, ContextManaged, fingerprint_of
+from bge_core.reranker import PairScorer
+from bge_core.servers.http import Endpoint
+from bge_core.servers.protocols import PROTOCOLS, detect_protocol, rerank_probe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bge_core.checkpoints.catalog import Profile
+    from bge_core.checkpoints.metadata import Checkpoint, Kind
+    from bge_core.engine.scheduler import Priority
+    from bge_core.prompts import QueryExample
+    from bge_core.servers.protocols import ServerProtocol
+
+__all__ = ["RemoteEmbedder", "RemoteReranker", "ServedModel"]
+
+Item = TypeVar("Item", str, tuple[str, str])
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+Progress = Callable[[int], None] | None
+
+# What text-embeddings-inference takes at a time unless told otherwise, and half of the two
+# megabytes that it takes at most, in characters of four bytes.
+_BATCH = 32
+_BATCH_CHARACTERS = 250_000
+# Requests of one call that the server has at a time.
+_IN_FLIGHT = 4
+# Items that an event loop puts in order itself: handing them over would take longer.
+_FEW_ITEMS = 64
+# What an answer can have: a vector of many numbers written out in full, with spaces; a score
+# beside what else a server says of it; an echo of the request; and never more than the last.
+_VECTOR_BYTES = 8192 * 40
+_SCORE_BYTES = 1024
+_OTHER_BYTES = 1 << 18
+_MOST_BYTES = 1 << 26
+
+
+class ServedModel(Closeable, Generic[Item]):
+    """A model that a server runs: what `Embedder` and `Reranker` have on this machine.
+
+    The model's name says what it is: instructions and dimension come from it, and with a folder
+    of this machine from its JSON files. Nothing is downloaded, and pickles carry the
+    configuration only.
+
+    Args:
+        kind: `"embedder"` or `"reranker"`.
+        model: The published id of the model that is served, or a folder with the same.
+        endpoint: The server's address.
+        api_key: A bearer token.
+        timeout: Seconds to wait for one answer; None for 60.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that is none, or of another kind.
+        InputTypeError: A value of the wrong type.
+    """
+
+    _unpickled_attributes = frozenset({"_checkpoint", "_closed", "_in_flight"})
+
+    def __init__(
+        self,
+        *,
+        kind: Kind,
+        model: str | os.PathLike[str],
+        endpoint: str,
+        api_key: str | None,
+        timeout: float | None,
+    ) -> None:
+        self._kind = kind
+        self._source = Source.of(model)
+        self.endpoint = Endpoint(endpoint, api_key=api_key, timeout=timeout)
+        self._start()
+        if self._source.is_local:
+            self.checkpoint()  # reading it is the check
+        else:
+            check_profile(self.profile, kind, self.model)
+
+    def _start(self) -> None:
+        self._closed = False
+        self._checkpoint: Checkpoint | None = None
+        self._in_flight: set[Future[Any]] = set()
+
+    @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        return self._source.model
+
+    @property
+    def profile(self) -> Profile | None:
+        """The model's row in the table of published checkpoints."""
+        if profile := find_profile(self.model):
+            return profile
+        checkpoint = self.checkpoint()
+        return checkpoint.profile if checkpoint else None
+
+    @property
+    def served_name(self) -> str:
+        """The name that the server knows; a path on this machine is none of its business."""
+        profile = self.profile
+        if not self._source.is_local:
+            return self.model
+        return profile.id if profile else Path(self.model).name
+
+    @property
+    def content(self) -> str:
+        """What stands for the weights: what the server has can't be known."""
+        checkpoint = self.checkpoint()
+        return checkpoint.digest() if checkpoint else self.model
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Read the folder on this machine, where the model is one."""
+        if self._checkpoint is None and self._source.is_local:
+            found = read(self._source, locate(self._source))
+            check_kind(found, self._kind, pooling=None)
+            self._checkpoint = found
+        return self._checkpoint
+
+    def close(self) -> None:
+        """Let go of the server; callers that still wait get a `ClosedError`."""
+        self._closed = True
+        for future in list(self._in_flight):
+            future.cancel()
+        self.endpoint.close()
+
+    @abstractmethod
+    async def _rows(self, items: Sequence[Item], progress: Progress) -> list[NDArray[np.float32]]:
+        """Ask the server for a row of each item."""
+
+    def compute(self, items: Sequence[Item], *, show_progress: bool) -> NDArray[np.float32] | None:
+        """Give a row an item, [n, width], or None for no items.
+
+        Raises:
+            ClosedError: The model was closed.
+            EndpointError: The server can't be reached, fails, or gives no such answer.
+        """
+        self._check_open()
+        if not items:
+            return None
+        call = Call(items)
+        future = self._begin(call, show_progress=show_progress)
+        call.take(self._wait(future))
+        return call.stacked()
+
+    async def acompute(
+        self, items: Sequence[Item], *, show_progress: bool
+    ) -> NDArray[np.float32] | None:
+        """Give rows without blocking the event loop; see `compute`."""
+        self._check_open()
+        if not items:
+            return None
+        few = len(items) <= _FEW_ITEMS
+        call = await run_off_loop(Call, items, inline=few)
+        future = self._begin(call, show_progress=show_progress)
+        call.take(await self._await(future))
+        return await run_off_loop(call.stacked, inline=few)
+
+    def _begin(self, call: Call[Item], *, show_progress: bool) -> Future[list[NDArray[np.float32]]]:
+        async def work() -> list[NDArray[np.float32]]:
+            with progress_bar(len(call.items), show=show_progress) as progress:
+                return await self._rows(call.items, progress)
+
+        future = self.endpoint.start(work())
+        self._in_flight.add(future)
+        future.add_done_callback(self._in_flight.discard)
+        if self._closed:
+            future.cancel()
+        return future
+
+    def non_finite_error(self, which: str) -> ComputationError:
+        """Say that NaN or infinity came out."""
+        msg = (
+            f"{self.endpoint.url} gave NaN or infinity for {which}: half precision overflows on "
+            "some texts. Start the server with float32 or bfloat16 (--dtype)."
+        )
+        return ComputationError(msg)
+
+
+class _ServedEmbedder(ServedModel[str]):
+    """An embedding model on a server: texts -> vectors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(kind="embedder", **options)
+        self.width = self.expected_width()
+
+    def expected_width(self) -> int | None:
+        """Say how long vectors are, where the model's name or folder says it."""
+        if checkpoint := self.checkpoint():
+            return checkpoint.hidden_size if checkpoint.plain else None
+        return self.profile.dimension if self.profile else None
+
+    async def _rows(self, items: Sequence[str], progress: Progress) -> list[NDArray[np.float32]]:
+        # All kinds of servers embed alike.
+        protocol = next(iter(PROTOCOLS.values()))
+
+        async def ask(part: slice) -> NDArray[np.float32]:
+            texts = items[part]
+            body = protocol.embeddings_request(self.served_name, texts)
+            vectors = await self.endpoint.post(
+                protocol.embeddings_path,
+                body,
+                read=lambda answer: protocol.read_embeddings(answer, len(texts)),
+                largest=_largest(texts, _VECTOR_BYTES),
+            )
+            self._check_width(protocol.embeddings_path, vectors.shape[1])
+            if progress is not None:
+                progress(len(texts))
+            return vectors
+
+        parts = await _gather_limited(list(_batches(items)), ask)
+        return [row for part in parts for row in part]
+
+    def _check_width(self, path: str, width: int) -> None:
+        if self.width is None and width:
+            self.width = width
+        if not width or width != self.width:
+            said = (
+                f"gave a vector of {width} numbers, and those of {self.model!r} have "
+                f"{self.width or 'some'}"
+            )
+            hint = "Write the model that the server runs as model='...'."
+            raise self.endpoint.failed(said, hint, path)
+
+
+class _ServedReranker(ServedModel[tuple[str, str]]):
+    """A cross-encoder on a server: pairs -> logits."""
+
+    def __init__(self, **options: Any) -> None:
+        self._protocol: ServerProtocol | None = None
+        super().__init__(kind="reranker", **options)
+
+    async def _rows(
+        self, items: Sequence[tuple[str, str]], progress: Progress
+    ) -> list[NDArray[np.float32]]:
+        protocol = self._protocol = self._protocol or await self._detect_protocol()
+        by_query: dict[str, list[int]] = {}
+        for position, (query, _) in enumerate(items):
+            by_query.setdefault(query, []).append(position)
+        requests = [
+            positions[part]
+            for positions in by_query.values()
+            for part in _batches([items[position][1] for position in positions])
+        ]
+
+        async def ask(positions: list[int]) -> NDArray[np.float32]:
+            passages = [items[position][1] for position in positions]
+            query = items[positions[0]][0]
+            logits = await self.endpoint.post(
+                protocol.rerank_path,
+                protocol.rerank_request(self.served_name, query, passages, raw=True),
+                read=lambda answer: protocol.read_scores(answer, len(passages)),
+                largest=_largest([query, *passages], _SCORE_BYTES),
+            )
+            if progress is not None:
+                progress(len(passages))
+            return logits
+
+        rows = np.empty((len(items), 1), dtype=np.float32)
+        answers = await _gather_limited(requests, ask)
+        for positions, logits in zip(requests, answers, strict=True):
+            rows[positions, 0] = logits
+        return list(rows)
+
+    async def _detect_protocol(self) -> ServerProtocol:
+        """Ask for one pair in the words of every kind of server, on both scales.
+
+        Raises:
+            EndpointError: It is no known kind, or the two scales are not a logit and its sigmoid.
+        """
+        path = "/rerank"
+
+        def read(answer: object) -> tuple[ServerProtocol, float]:
+            protocol = detect_protocol(answer)
+            return protocol, float(protocol.read_scores(answer, 1)[0])
+
+        async def request(*, raw: bool) -> tuple[ServerProtocol, float]:
+            probe = rerank_probe(self.served_name, raw=raw)
+            largest = _largest(["a", "b"], _SCORE_BYTES)
+            return await self.endpoint.post(path, probe, read=read, largest=largest)
+
+        _, score = await request(raw=False)
+        protocol, logit = await request(raw=True)
+        if math.isfinite(logit):
+            sigmoid = math.exp(min(logit, 0.0)) / (1.0 + math.exp(-abs(logit)))
+            # As far as two passes in bfloat16 may be apart.
+            if not math.isclose(sigmoid, score, abs_tol=0.02):
+                said = (
+                    f"gave {logit:.4g} with raw_scores and {score:.4g} without, which are no logit "
+                    "and its sigmoid, so its scores can't be brought to a known scale"
+                )
+                hint = "Use text-embeddings-inference, or a newer Infinity."
+                raise self.endpoint.failed(said, hint, path)
+        return protocol
+
+
+class RemoteEmbedder(DenseEmbedder, ContextManaged):
+    """An embedding model that a server runs: text-embeddings-inference, Infinity, or alike.
+
+    Instructions, order, and the length of vectors are those of `Embedder`. How long a text may
+    be, whether it is cut, and the pooling are the server's: nothing is said of what it cuts.
+
+    Args:
+        model: The published id of the model that is served (`"BAAI/bge-small-en-v1.5"`), or a
+            folder on this machine with the same. Infinity knows a model by this name.
+        endpoint: The server's address (`"http://localhost:8080"`); it answers `/embeddings`.
+        api_key: A bearer token; None for a server without one.
+        timeout: Seconds to wait for one answer, 32 texts at most; None for 60.
+        query_instruction: Put in front of queries, never of documents. None for the one that
+            the model card gives, `""` for none.
+        task_description: A decoder's word for the same, as `Embedder` takes it.
+        examples: What bge-en-icl sees in front of each query, as `Embedder` takes it.
+        task: llm-embedder's task; None for every other model.
+        normalize: Scale vectors to unit length. False gives them as the server does, which
+            with text-embeddings-inference are of unit length in any case.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that is none, or a reranker.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> embedder = RemoteEmbedder("BAAI/bge-small-en-v1.5", endpoint="http://localhost:8080")
+        >>> embedder.query_instruction, embedder.dimension
+        ('Represent this sentence for searching relevant passages: ', 384)
+        >>> embedder.embed_documents(["Paris is in France."]).shape  # doctest: +SKIP
+        (1, 384)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        endpoint: str,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        query_instruction: str | None = None,
+        task_description: str | None = None,
+        examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
+        task: str | None = None,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__(
+            query_instruction=query_instruction,
+            task_description=task_description,
+            examples=examples,
+            task=task,
+            normalize=normalize,
+        )
+        self._served = _ServedEmbedder(
+            model=model, endpoint=endpoint, api_key=api_key, timeout=timeout
+        )
+        _ = self._template  # making it is the check
+
+    @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        return self._served.model
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address."""
+        return self._served.endpoint.url
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector; the server is asked where the model's name doesn't say it."""
+        if self._served.width is None:
+            return int(self.embed_documents(["a"]).shape[1])
+        return self._served.width
+
+    @property
+    def dtype(self) -> str:
+        """`"unknown"`: the server has its own number format, and doesn't say."""
+        return "unknown"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the model's name, instructions and scale.
+
+        What the server runs under that name, its number format and its limits can't be known.
+        """
+        frame = self._template
+        asked = (frame.examples, frame.before, frame.after, frame.document)
+        return fingerprint_of("served", self._served.content, asked, self._normalize)
+
+    def close(self) -> None:
+        """Let go of the server; callers that still wait get a `ClosedError`."""
+        self._served.close()
+
+    def _profile(self) -> Profile | None:
+        return self._served.profile
+
+    def _prompts(self) -> Mapping[str, str]:
+        checkpoint = self._served.checkpoint()
+        return checkpoint.prompts if checkpoint else {}
+
+    def _queries(self, texts: Iterable[str]) -> list[str]:
+        # On this machine these parts are tokens that nothing is cut of; a server takes text.
+        frame = self._template
+        return [f"{frame.examples}{text}{frame.after}" for text in super()._queries(texts)]
+
+    def _compute(
+        self,
+        items: Sequence[str],
+        *,
+        priority: Priority,  # noqa: ARG002 -- the server has its own queue
+        show_progress: bool = False,
+    ) -> NDArray[np.float32] | None:
+        return self._served.compute(items, show_progress=show_progress)
+
+    async def _acompute(
+        self,
+        items: Sequence[str],
+        *,
+        priority: Priority,  # noqa: ARG002
+        show_progress: bool = False,
+    ) -> NDArray[np.float32] | None:
+        return await self._served.acompute(items, show_progress=show_progress)
+
+    def _non_finite_error(self, which: str) -> ComputationError:
+        return self._served.non_finite_error(which)
+
+
+class RemoteReranker(PairScorer, ContextManaged):
+    """A cross-encoder that a server runs: text-embeddings-inference, Infinity, or alike.
+
+    The server is asked for raw logits, and scale, order, ties and limits are those of `Reranker`.
+    A first request for one short pair on both of the server's scales makes sure that it knows
+    the difference. How a long pair is cut is the server's: the longer of the two first, where
+    `Reranker` leaves a quarter to the passage.
+
+    Args:
+        model: The published id of the model that is served (`"BAAI/bge-reranker-base"`), or a
+            folder on this machine with the same. Infinity knows a model by this name.
+        endpoint: The server's address (`"http://localhost:8080"`); it answers `/rerank`.
+        api_key: A bearer token; None for a server without one.
+        timeout: Seconds to wait for one answer, 32 passages at most; None for 60.
+        normalize: Give the sigmoid of the logit, from 0 to 1; False gives the raw logit.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: A model that is none, or no reranker of one label.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> reranker = RemoteReranker("BAAI/bge-reranker-base", endpoint="http://localhost:8080")
+        >>> reranker.rank("what is a panda?", [])
+        []
+        >>> reranker.rank("what is a panda?", ["A panda is a bear."])  # doctest: +SKIP
+        [(0, 0.9979)]
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        endpoint: str,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__(normalize=normalize)
+        self._served = _ServedReranker(
+            model=model, endpoint=endpoint, api_key=api_key, timeout=timeout
+        )
+        known = self._served.checkpoint() or self._served.profile
+        if known is not None and known.pair_prompt is not None:
+            msg = (
+                f"{self.model!r} is a language model that is asked a question, and a server's "
+                "/rerank runs cross-encoders: leave endpoint=... out, or use "
+                "'BAAI/bge-reranker-v2-m3'."
+            )
+            raise CheckpointError(msg)
+
+    @property
+    def model(self) -> str:
+        """The hub id or folder."""
+        return self._served.model
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address."""
+        return self._served.endpoint.url
+
+    @property
+    def dtype(self) -> str:
+        """`"unknown"`: the server has its own number format, and doesn't say."""
+        return "unknown"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the model's name and the scale."""
+        return fingerprint_of("served", self._served.content, self._normalize)
+
+    def close(self) -> None:
+        """Let go of the server; callers that still wait get a `ClosedError`."""
+        self._served.close()
+
+    def _compute(
+        self,
+        items: Sequence[tuple[str, str]],
+        *,
+        priority: Priority,  # noqa: ARG002 -- the server has its own queue
+        show_progress: bool = False,
+    ) -> NDArray[np.float32] | None:
+        return self._served.compute(items, show_progress=show_progress)
+
+    async def _acompute(
+        self,
+        items: Sequence[tuple[str, str]],
+        *,
+        priority: Priority,  # noqa: ARG002
+        show_progress: bool = False,
+    ) -> NDArray[np.float32] | None:
+        return await self._served.acompute(items, show_progress=show_progress)
+
+    def _non_finite_error(self, which: str) -> ComputationError:
+        return self._served.non_finite_error(which)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[slice]:
+    """Cut texts into the slices that one request carries."""
+    start = characters = 0
+    for end, text in enumerate(texts):
+        characters += len(text)
+        if end > start and (end - start == _BATCH or characters > _BATCH_CHARACTERS):
+            yield slice(start, end)
+            start, characters = end, len(text)
+    yield slice(start, len(texts))
+
+
+async def _gather_limited(
+    parts: Sequence[Part], ask: Callable[[Part], Awaitable[Result]]
+) -> list[Result]:
+    """Ask for all parts, a few at a time; the first failure stops the rest."""
+    results: dict[int, Result] = {}
+    waiting = iter(enumerate(parts))
+
+    async def turn() -> None:
+        for position, part in waiting:
+            results[position] = await ask(part)
+
+    turns = [asyncio.ensure_future(turn()) for _ in range(min(_IN_FLIGHT, len(parts)))]
+    try:
+        await asyncio.gather(*turns)
+    finally:
+        for task in turns:
+            task.cancel()
+    return [results[position] for position in range(len(parts))]
+
+
+def _largest(texts: Sequence[str], each: int) -> int:
+    """Say how many bytes an answer about these texts can have."""
+    echo = 8 * sum(map(len, texts))
+    return min(_OTHER_BYTES + echo + each * len(texts), _MOST_BYTES)
