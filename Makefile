@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What old packages say of each other, and newer ones don't.
 OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base
-CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks
+CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training
 
 .DEFAULT_GOAL := help
 .PHONY: help demo evaluate test test-server test-lowest lint format bench soak clean

