@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from bge_core.checkpoints.catalog import Profile, register, supported_models
 from bge_core.embedder import Embedder
 from bge_core.errors import (
     ArgumentError,
@@ -39,6 +40,7 @@ __all__ = [
     "M3Reranker",
     "M3Weights",
     "MissingExtraError",
+    "Profile",
     "QueryExample",
     "Ranked",
     "RemoteEmbedder",
@@ -49,4 +51,6 @@ __all__ = [
     "make_embedder",
     "make_reranker",
     "make_scorer",
+    "register",
+    "supported_models",
 ]

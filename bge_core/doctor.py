@@ -139,7 +139,7 @@ def _cached(report: _Report, options: argparse.Namespace) -> None:
     cache = Path(options.cache_folder or HF_HUB_CACHE)
     found = [
         name
-        for name in PROFILES
+        for name in tuple(PROFILES)
         if any((cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
     ]
     report.row("hub cache", cache)

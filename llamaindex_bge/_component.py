@@ -18,7 +18,8 @@ from llama_index.core.bridge.pydantic import (
 )
 from llama_index.core.schema import BaseComponent
 
-from bge_core import M3Embedder, Scorer
+from bge_core import ArgumentError, M3Embedder, Scorer, register
+from bge_core.checkpoints.catalog import registered_profiles
 from bge_core.embedder import DenseEmbedder
 from bge_core.host_fields import (
     check_argument_names,
@@ -233,7 +234,8 @@ class LocalModelComponent(BaseComponent, ContextManaged):
             except Exception as exc:  # noqa: BLE001 - pickling may raise anything at all
                 del state[name]
                 logger.warning("%s can't be pickled (%s): the copy goes without.", name, exc)
-        return state
+        # Without its row a model that was registered by name is another in the next process.
+        return state | {"registered_profiles": registered_profiles()}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Take fields; the model is made at first use.
@@ -241,6 +243,11 @@ class LocalModelComponent(BaseComponent, ContextManaged):
         An error here would be lost: a pool's worker that can't read its task dies in silence, and
         the pool starts another one for ever.
         """
+        for row in state.pop("registered_profiles", ()):
+            try:
+                register(row)
+            except ArgumentError as exc:
+                logger.warning("%s", exc)
         super().__init__(**state)
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 MODULES = (
+    "bge_core.checkpoints.catalog",
     "bge_core.embedder",
     "bge_core.prompts",
     "bge_core.m3",

@@ -1,19 +1,35 @@
-"""What each published BGE checkpoint needs: a frozen table, and how a name finds its row.
+"""What each known checkpoint needs: a table of rows, and how a name finds its row.
 
-The facts come from the checkpoints' model cards and from FlagEmbedding's own sources. A new
-checkpoint is a new row here.
+The facts come from the checkpoints' model cards and from FlagEmbedding's own sources. A newly
+published checkpoint is a new row here; a user adds rows with `register`.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, get_args
 
-__all__ = ["PROFILES", "Output", "PairPrompt", "Profile", "TaskInstruction", "find_profile"]
+from bge_core import arguments
+from bge_core.errors import ArgumentError, InputTypeError
+
+__all__ = [
+    "PROFILES",
+    "Output",
+    "PairPrompt",
+    "Profile",
+    "SupportedModel",
+    "TaskInstruction",
+    "find_profile",
+    "is_hub_id",
+    "register",
+    "registered_profiles",
+    "supported_models",
+]
 
 Kind = Literal["embedder", "reranker"]
 Pooling = Literal["cls", "mean", "last"]
@@ -29,6 +45,7 @@ _ANSWERS = (
     "query by providing a prediction of either 'Yes' or 'No'."
 )
 _GEMMA_NOTE = "Gemma Terms of Use: read them before commercial use."
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +82,17 @@ class PairPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """One published checkpoint.
+    """What a checkpoint needs and its own files don't say, under the checkpoint's name.
 
     Attributes:
-        id: Its id on the model hub.
+        id: Its id on the model hub, or the name of its folder.
         kind: `"embedder"` or `"reranker"`.
         family: The architecture's `model_type`, as config.json says it.
-        languages: ISO codes, or `"multilingual"`.
         max_length: Tokens that the model can take, special ones included.
-        dimension: Length of a dense vector; None for a reranker.
-        pooling: Which rows of the last layer make the vector; None for a reranker.
+        languages: ISO codes, or `"multilingual"`.
+        dimension: Length of a dense vector; None for a reranker, and where nothing says it.
+        pooling: Which rows of the last layer make the vector, where the checkpoint has no
+            modules.json; None for a reranker, and where the checkpoint always says it.
         outputs: What an embedder gives of a text: a dense vector, and of bge-m3 a weight a token
             (sparse) and a vector a token; empty for a reranker.
         query_instruction: The model card's instruction; `""` where it wants none, and None where
@@ -91,13 +109,29 @@ class Profile:
         licence: The licence of the weights.
         licence_note: What a user should know before using them.
         refusal: Why this release can't serve it, as the end of a sentence; None if it can.
+
+    Raises:
+        ArgumentError: A value that no checkpoint can have.
+        InputTypeError: A value of the wrong type.
+
+    Example:
+        >>> row = Profile(
+        ...     id="acme/support-search",
+        ...     kind="embedder",
+        ...     family="bert",
+        ...     max_length=512,
+        ...     pooling="cls",
+        ...     query_instruction="Represent this question for finding the page that answers it: ",
+        ... )
+        >>> row.kind, row.licence
+        ('embedder', 'unknown')
     """
 
     id: str
     kind: Kind
     family: str
-    languages: tuple[str, ...]
     max_length: int
+    languages: tuple[str, ...] = ()
     dimension: int | None = None
     pooling: Pooling | None = None
     outputs: tuple[Output, ...] = ("dense",)
@@ -108,14 +142,108 @@ class Profile:
     half: Half = "float16"
     pair_prompt: PairPrompt | None = None
     tasks: Mapping[str, TaskInstruction] = field(default_factory=lambda: MappingProxyType({}))
-    licence: str = "mit"
+    licence: str = "unknown"
     licence_note: str = ""
     refusal: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no checkpoint can have."""
+        if not is_hub_id(arguments.text("id", self.id)):
+            msg = (
+                f"id={self.id!r} can't be registered: it must be a hub id such as "
+                "'acme/my-model', or a folder's name without its path."
+            )
+            raise ArgumentError(msg)
+        arguments.one_of("kind", self.kind, get_args(Kind))
+        for name in ("query_format", "query_suffix", "example_format", "licence", "licence_note"):
+            arguments.text(name, getattr(self, name))
+        for name in ("query_instruction", "refusal"):
+            if (value := getattr(self, name)) is not None:
+                arguments.text(name, value)
+        if not arguments.text("family", self.family):
+            msg = "family is empty: pass the model_type that config.json has, such as 'bert'."
+            raise ArgumentError(msg)
+        arguments.whole_number("max_length", self.max_length)
+        if self.dimension is not None:
+            arguments.whole_number("dimension", self.dimension, instead=" or None")
+        arguments.one_of("half", self.half, get_args(Half))
+        # A str is a sequence of str, too.
+        for name in ("languages", "outputs"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)):
+                msg = f"{name} must be a tuple of str, got {value!r:.60}."
+                raise InputTypeError(msg)
+            object.__setattr__(self, name, tuple(arguments.texts(name, value)))
+        for output in self.outputs:
+            arguments.one_of("outputs", output, get_args(Output))
+        if self.pooling is not None:
+            arguments.one_of("pooling", self.pooling, get_args(Pooling), instead=", or None")
+        if not isinstance(self.tasks, Mapping) or not all(
+            isinstance(name, str) and isinstance(task, TaskInstruction)
+            for name, task in self.tasks.items()
+        ):
+            msg = f"tasks must map names to TaskInstruction, got {self.tasks!r:.60}."
+            raise InputTypeError(msg)
+        object.__setattr__(self, "tasks", MappingProxyType(dict(self.tasks)))
+        if self.pair_prompt is not None and not isinstance(self.pair_prompt, PairPrompt):
+            msg = f"pair_prompt must be a PairPrompt or None, got {self.pair_prompt!r:.60}."
+            raise InputTypeError(msg)
+        _check_format("query_format", self.query_format, {"query"}, {"instruction"})
+        if self.example_format:
+            _check_format(
+                "example_format", self.example_format, {"query", "response"}, {"instruct"}
+            )
+        self._check_against_kind()
+
+    def _check_against_kind(self) -> None:
+        if self.kind == "embedder":
+            foreign = ["pair_prompt"] if self.pair_prompt is not None else []
+            if "dense" not in self.outputs:
+                msg = f"outputs={self.outputs!r} has no 'dense', which every embedder gives."
+                raise ArgumentError(msg)
+        else:
+            if self.outputs == ("dense",):  # the default
+                object.__setattr__(self, "outputs", ())
+            names = ("pooling", "dimension", "outputs", "query_instruction", "query_suffix")
+            foreign = [name for name in (*names, "example_format", "tasks") if getattr(self, name)]
+        if foreign:
+            other = "a reranker" if self.kind == "embedder" else "an embedder"
+            msg = (
+                f"{self.id!r} is of kind={self.kind!r}, and {', '.join(foreign)} is for {other}: "
+                "leave it out, or say the other kind."
+            )
+            raise ArgumentError(msg)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by its values: a read-only mapping has no pickle of its own."""
+        values = {column.name: getattr(self, column.name) for column in fields(self)}
+        return _profile_of, (values | {"tasks": dict(self.tasks)},)
 
     @property
     def frames_tasks(self) -> bool:
         """Whether queries get a task in a frame, and not an instruction as it is."""
         return self.query_format != _PLAIN
+
+
+def is_hub_id(name: str) -> bool:
+    """Say whether a name can be a hub id, or the bare name of one."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def _profile_of(values: Mapping[str, Any]) -> Profile:
+    return Profile(**values)
+
+
+def _check_format(name: str, template: str, needed: set[str], allowed: set[str]) -> None:
+    """Refuse a format with fields that nothing fills, or without those that it is for."""
+    try:
+        found = [word for _, word, _, _ in string.Formatter().parse(template) if word is not None]
+    except ValueError:
+        found = []
+    if not needed <= set(found) <= needed | allowed or len(found) != len(set(found)):
+        expected = " and ".join(f"{{{word}}}" for word in sorted(needed | allowed))
+        msg = f"{name}={template!r:.60} must have the fields {expected}, each once."
+        raise ArgumentError(msg)
 
 
 _OWN_CODE = (
@@ -137,6 +265,7 @@ def _bert(
         dimension=dimension,
         pooling="cls",
         query_instruction=instruction,
+        licence="mit",
     )
 
 
@@ -152,6 +281,7 @@ def _m3(
         dimension=1024,
         pooling="cls",
         outputs=outputs,
+        licence="mit",
         refusal=refusal,
     )
 
@@ -268,6 +398,7 @@ _ROWS: tuple[Profile, ...] = (
         pooling="cls",
         query_instruction=_LLM_EMBEDDER_TASKS["qa"].query,
         tasks=_LLM_EMBEDDER_TASKS,
+        licence="mit",
     ),
     _m3("bge-m3", outputs=("dense", "sparse", "multi_vector")),
     _m3("bge-m3-unsupervised"),
@@ -358,22 +489,136 @@ _ROWS: tuple[Profile, ...] = (
     ),
 )
 
-PROFILES: Mapping[str, Profile] = MappingProxyType({row.id: row for row in _ROWS})
-"""Every published checkpoint that this package knows, by hub id."""
+_PUBLISHED = frozenset(row.id for row in _ROWS)
+_rows: dict[str, Profile] = {row.id: row for row in _ROWS}
+# By what follows the organisation, in lower case.
+_by_name: dict[str, Profile] = {row.id.rpartition("/")[2].casefold(): row for row in _ROWS}
 
-_BY_NAME: Mapping[str, Profile] = MappingProxyType(
-    {row.id.partition("/")[2].casefold(): row for row in _ROWS}
-)
-# How the hub's cache, and sentence-transformers' older one, write "BAAI/name" as one folder.
-_CACHED = re.compile(r"(?:models--)?BAAI(?:--|_)(.+)", re.IGNORECASE)
+PROFILES: Mapping[str, Profile] = MappingProxyType(_rows)
+"""Every checkpoint that is known by name: the published ones, and those of `register`, by id."""
+
+# How the hub's cache, and sentence-transformers' older one, write "org/name" as one folder.
+_CACHED = re.compile(r"models--.+?--(.+)|BAAI(?:--|_)(.+)", re.IGNORECASE)
+
+
+def register(profile: Profile) -> None:
+    """Make a checkpoint known by name, as the published ones are.
+
+    From then on its hub id, a folder of that name, a `checkpoint-*` folder in one, and the hub's
+    cache of it get its instruction, pooling and limits: in every class, on a server, and in the
+    doctor. It counts in this process, and goes along in pickles of models to others. Any thread
+    may call this; a row that is there already is left as it is.
+
+    Args:
+        profile: The checkpoint's row.
+
+    Raises:
+        ArgumentError: The name has another row already.
+        InputTypeError: It is no `Profile`.
+
+    Example:
+        >>> register(
+        ...     Profile(
+        ...         id="acme/ticket-search",
+        ...         kind="embedder",
+        ...         family="bert",
+        ...         max_length=512,
+        ...         pooling="cls",
+        ...         query_instruction="ticket: ",
+        ...     )
+        ... )
+        >>> from bge_core import Embedder
+        >>> Embedder("acme/ticket-search").query_instruction
+        'ticket: '
+    """
+    if not isinstance(profile, Profile):
+        msg = f"register takes a bge_core.Profile, got {type(profile).__name__}."
+        raise InputTypeError(msg)
+    name = profile.id.rpartition("/")[2].casefold()
+    # One step, so that no lock is needed, which a fork could leave held.
+    known = _by_name.setdefault(name, profile)
+    if known != profile:
+        what = "published" if known.id in _PUBLISHED else "registered with other values"
+        msg = (
+            f"The name {profile.id!r} can't be registered: {known.id!r} is {what}, and a name's "
+            "last part, which is that of its folders, can mean one checkpoint. Give yours a name "
+            "of its own."
+        )
+        raise ArgumentError(msg)
+    _rows.setdefault(profile.id, known)
+
+
+def registered_profiles() -> tuple[Profile, ...]:
+    """Give the rows that `register` added."""
+    return tuple(row for name, row in list(_rows.items()) if name not in _PUBLISHED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupportedModel:
+    """A row of `supported_models()`; `str()` makes one line of it.
+
+    Attributes:
+        id: The hub id, or a folder's name.
+        kind: `"embedder"` or `"reranker"`.
+        dimension: Length of a dense vector; None for a reranker.
+        max_length: Tokens that it can take, special ones included.
+        languages: ISO codes, or `"multilingual"`.
+        outputs: What an embedder gives; empty for a reranker.
+        query_instruction: What queries get in front; None where the card leaves it to the user.
+        licence: The licence of the weights.
+        licence_note: What a user should know before using them.
+    """
+
+    id: str
+    kind: Kind
+    dimension: int | None
+    max_length: int
+    languages: tuple[str, ...]
+    outputs: tuple[Output, ...]
+    query_instruction: str | None
+    licence: str
+    licence_note: str
+
+    def __str__(self) -> str:
+        """Write it as a line of a table."""
+        size = "" if self.dimension is None else str(self.dimension)
+        languages = ", ".join(self.languages)
+        return (
+            f"{self.id:<42} {self.kind:<8} {size:>5} {self.max_length:>6}  {languages:<14} "
+            f"{self.licence}"
+        ).rstrip()
+
+
+def supported_models() -> list[SupportedModel]:
+    r"""List the checkpoints that are known by name and can be used.
+
+    Any other embedder that sentence-transformers saved, and any cross-encoder of one label, can be
+    used as well; these need no settings.
+
+    Returns:
+        A row a checkpoint, the published ones first; those of `register` are among them.
+
+    Example:
+        >>> print(*supported_models()[:2], sep="\n")
+        BAAI/bge-large-en-v1.5                     embedder  1024    512  en             mit
+        BAAI/bge-base-en-v1.5                      embedder   768    512  en             mit
+    """
+    columns = [column.name for column in fields(SupportedModel)]
+    return [
+        SupportedModel(**{name: getattr(row, name) for name in columns})
+        for row in list(_rows.values())
+        if row.refusal is None
+    ]
 
 
 def find_profile(name: str) -> Profile | None:
     """Find the row of a hub id or a folder's path, by whole names and never by a part of one.
 
     Args:
-        name: A hub id (`BAAI/bge-m3`), a mirror's id of the same name, a folder's path, a
-            `checkpoint-*` folder inside a folder so named, or a snapshot in the hub's cache.
+        name: A hub id (`BAAI/bge-m3`), a mirror's id of the same name, the bare name, with a tag
+            (`bge-m3:latest`) or without, a folder's path, a `checkpoint-*` folder inside a folder
+            so named, a snapshot in the hub's cache, or a folder of ModelScope's, which writes a
+            dot as `___`.
 
     Returns:
         The row, or None for a name that is not in the table.
@@ -386,5 +631,7 @@ def find_profile(name: str) -> Profile | None:
         last = parts[-2]
     elif len(parts) > 2 and parts[-2] == "snapshots":
         last = parts[-3]
-    cached = _CACHED.fullmatch(last)
-    return _BY_NAME.get((cached.group(1) if cached else last).casefold())
+    if cached := _CACHED.fullmatch(last):
+        last = cached.group(1) or cached.group(2)
+    last = last.replace("___", ".").partition(":")[0]
+    return _by_name.get(last.casefold())

@@ -5,12 +5,20 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from bge_core import arguments
-from bge_core.checkpoints.catalog import PROFILES, find_profile
+from bge_core.checkpoints.catalog import (
+    PROFILES,
+    Profile,
+    find_profile,
+    is_hub_id,
+    register,
+    registered_profiles,
+)
 from bge_core.checkpoints.files import first_line, weight_files
 from bge_core.errors import CheckpointError, InputTypeError
 
@@ -18,7 +26,6 @@ __all__ = ["Source", "locate"]
 
 # No space left, file too large, quota exceeded.
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*.py")
 
 
@@ -67,13 +74,13 @@ class Source:
         if name and folder.is_dir():
             # Absolute, so that "." has a name to be known by and a later chdir changes nothing.
             name = os.path.abspath(folder)  # noqa: PTH100 -- resolve() would follow the cache's links
-        elif isinstance(model, os.PathLike) or not _HUB_ID.fullmatch(name):
+        elif isinstance(model, os.PathLike) or not is_hub_id(name):
             msg = (
                 f"model={name!r} is no folder on this machine and no hub id: pass a folder with "
                 "config.json, or an id such as 'BAAI/bge-small-en-v1.5'."
             )
             raise CheckpointError(msg)
-        elif "/" not in name and (profile := find_profile(name)):
+        elif "/" not in name and (profile := find_profile(name)) and profile.id != name:
             msg = f"model={name!r} is no folder here and no hub id: did you mean {profile.id!r}?"
             raise CheckpointError(msg)
         if token is not None:
@@ -87,6 +94,11 @@ class Source:
             token=token,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the rows that were registered: without them a model is another elsewhere."""
+        values = {column.name: getattr(self, column.name) for column in fields(self)}
+        return _source_of, (values, registered_profiles())
+
     @property
     def name(self) -> tuple[str | None, ...]:
         """What tells one checkpoint from another before anything of it is read."""
@@ -96,6 +108,12 @@ class Source:
     def is_local(self) -> bool:
         """Whether the model is a folder on this machine."""
         return Path(self.model).is_dir()
+
+
+def _source_of(values: Mapping[str, Any], rows: tuple[Profile, ...]) -> Source:
+    for row in rows:
+        register(row)
+    return Source(**values)
 
 
 def locate(source: Source) -> Path:
@@ -142,7 +160,7 @@ def locate(source: Source) -> Path:
                 f"({first_line(exc)}). Free some, or pass cache_folder='...' on another disk."
             )
             raise CheckpointError(msg) from exc
-        close = difflib.get_close_matches(source.model, PROFILES, n=1)
+        close = difflib.get_close_matches(source.model, tuple(PROFILES), n=1)
         typo = close and close[0] != source.model
         hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
         msg = (

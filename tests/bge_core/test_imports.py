@@ -32,6 +32,7 @@ def test_public_names_are_these():
         "M3Reranker",
         "M3Weights",
         "MissingExtraError",
+        "Profile",
         "QueryExample",
         "Ranked",
         "RemoteEmbedder",
@@ -42,6 +43,8 @@ def test_public_names_are_these():
         "make_embedder",
         "make_reranker",
         "make_scorer",
+        "register",
+        "supported_models",
     ]
 
 
