@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bge_core import arguments
-from bge_core.backends.output_cache import find_passes
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.source import Source
 from bge_core.devices import Placement
@@ -20,7 +19,7 @@ from bge_core.engine.call import run_off_loop
 from bge_core.engine.local_model import LocalModel
 from bge_core.lifecycle import fingerprint_of
 from bge_core.prompts import QueryExample, resolve_prompts
-from bge_core.tokenizer import Ask, can_check_inline
+from bge_core.tokenizer import can_check_inline
 from bge_core.windows import MeanWindow, cut_windows
 
 if TYPE_CHECKING:
@@ -403,7 +402,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
 
     def _call(self, items: Sequence[str], encode: Encode[str] | None = None) -> Call[str]:
         if self._long_passages == "window" and encode is None:
-            return MeanWindow(items, cut=self._cut, ask=self._ask())
+            return MeanWindow(items, cut=self._cut)
         return super()._call(items, encode)  # queries have a way of their own
 
     def _cut(
@@ -412,11 +411,6 @@ class Embedder(LocalModel[str], DenseEmbedder):
         rooms = [tokenizer.single_room(self.max_length)] * len(items)
         windows = cut_windows(tokenizer, rooms, items, lead=len(self._template.document))
         return windows, [False] * len(items)
-
-    def _ask(self) -> Ask | None:
-        # Whoever wants bge-m3's sparse output of the same texts shall need no second pass.
-        memo = find_passes(self._source.name)
-        return None if memo is None else Ask(memo=memo)
 
     def _profile(self) -> Profile | None:
         # A published hub id is known without looking at its files.

@@ -13,7 +13,7 @@ import numpy as np
 
 from bge_core import arguments
 from bge_core.backends.loading import load_head
-from bge_core.backends.output_cache import share_passes
+from bge_core.backends.output_cache import share_outputs
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import is_m3_architecture, missing_head_error
 from bge_core.checkpoints.source import Source
@@ -24,14 +24,13 @@ from bge_core.engine.process import hold_interpreter_exit
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.lifecycle import fingerprint_of
 from bge_core.reranker import Ranked, Ranking, check_limits, query_pairs, rank_scores
-from bge_core.tokenizer import Ask, can_check_inline
+from bge_core.tokenizer import can_check_inline
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     from bge_core.backends.m3_heads import M3Row
-    from bge_core.backends.output_cache import PassMemo
     from bge_core.checkpoints.catalog import Output
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.engine.scheduler import Priority, Rows
@@ -148,10 +147,10 @@ class M3Embedder(LocalModel[str]):
     Args:
         model: `"BAAI/bge-m3"`, or a folder of its make: XLM-RoBERTa with `sparse_linear.pt` and
             `colbert_linear.pt` beside its weights.
-        share_passes: While this embedder lives, one pass serves its next call and that of an
-            `Embedder` on the same model: whoever asks first for the dense or the sparse half of
-            some texts leaves the other half, at most 64 MiB, for the second. For vector stores,
-            which ask for one after the other.
+        share_outputs: While this embedder lives, one pass serves its next call and that of an
+            `Embedder` on the same model: whoever asks first for the dense or the sparse output of
+            some texts leaves the other, at most 64 MiB, for the second. For vector stores, which
+            ask for one after the other.
         device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
         dtype: `"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or
             `"bfloat16"`. Outcomes are float32 always.
@@ -185,7 +184,7 @@ class M3Embedder(LocalModel[str]):
         self,
         model: str | os.PathLike[str],
         *,
-        share_passes: bool = False,
+        share_outputs: bool = False,
         device: str | Sequence[str] | None = None,
         dtype: str | torch.dtype = "auto",
         use_fp16: bool | None = None,
@@ -199,8 +198,7 @@ class M3Embedder(LocalModel[str]):
         trust_remote_code: bool = False,
         token: str | None = None,
     ) -> None:
-        self._share = arguments.flag("share_passes", share_passes)
-        self._memo: PassMemo | None = None
+        self._share = arguments.flag("share_outputs", share_outputs)
         super().__init__(
             kind="embedder",
             source=Source.of(
@@ -370,20 +368,26 @@ class M3Embedder(LocalModel[str]):
         return call.scores
 
     def close(self) -> None:
-        """Let go of the model, and of what passes left for others; see `LocalModel.close`."""
+        """Let go of the model, and of what its passes left for others; see `LocalModel.close`."""
+        engine = self._engine
         super().close()
-        self._memo = None
+        if self._stop_sharing is not None:
+            self._stop_sharing()
+        if engine is not None and engine.output_cache is not None:
+            engine.output_cache.clear_unless_shared()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give the configuration only."""
         state = super().__getstate__()
-        del state["_memo"], state["_checked"]
+        del state["_stop_sharing"], state["_checked"]
         return state
 
     def _start(self) -> None:
         super()._start()
         self._checked: frozenset[Output] = frozenset()
-        self._memo = share_passes(self._source.name) if self._share else None
+        self._stop_sharing: Callable[[], object] | None = None
+        if self._share:
+            self._stop_sharing = share_outputs(self, self._source.name)
 
     def _check_make(self) -> None:
         """Refuse what is known by now to be no checkpoint of bge-m3's make."""
@@ -414,7 +418,7 @@ class M3Embedder(LocalModel[str]):
         if arguments.flag("return_tokens", tokens) and not sparse:
             msg = "return_tokens=True spells the sparse output out: ask for it with sparse=True."
             raise ArgumentError(msg)
-        return Call(known, ask=Ask(outputs, self._memo))
+        return Call(known, requested_outputs=outputs)
 
     def _scoring(
         self, pairs: Iterable[tuple[str, str]], weights: M3Weights | Mapping[str, float] | None
@@ -491,6 +495,8 @@ class _Scoring(Call[str]):
         read: Makes a text's outputs of its row.
     """
 
+    shares_outputs = False
+
     def __init__(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -500,7 +506,7 @@ class _Scoring(Call[str]):
         queries = dict.fromkeys(query for query, _ in pairs)
         texts = queries | dict.fromkeys(passage for _, passage in pairs)
         # Queries first: they stay, and a passage goes when its pairs are scored.
-        super().__init__(list(texts), ask=Ask(weights.outputs))
+        super().__init__(list(texts), requested_outputs=weights.outputs)
         place = {text: index for index, text in enumerate(texts)}
         self.scores = np.zeros(len(pairs), dtype=np.float32)
         self._weights = weights.named()
@@ -546,7 +552,7 @@ class _Scoring(Call[str]):
 
 
 def _outputs(call: Call[str]) -> frozenset[Output]:
-    return call.ask.outputs if call.ask is not None else frozenset()
+    return call.requested_outputs or frozenset()
 
 
 def _check_make(checkpoint: Checkpoint) -> None:

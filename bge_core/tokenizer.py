@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     import tokenizers
 
     from bge_core.arguments import OnTruncation
-    from bge_core.backends.output_cache import PassMemo
     from bge_core.checkpoints.catalog import Output, PairPrompt
 
 __all__ = [
-    "Ask",
     "Room",
     "TokenSequence",
     "Tokenizer",
@@ -46,12 +44,16 @@ class TokenSequence:
         ids: Token ids with special tokens, cut to `max_length`.
         second: Index at which the second segment of a pair begins (token type 1); `len(ids)`
             for a single text and for models without token types.
-        ask: What bge-m3 is asked for; None for what every model gives.
+        requested_outputs: The outputs of bge-m3 that make its row; None for the plain vector or
+            score, which is the row of every other model.
+        shares_outputs: Whether its pass may take from the output cache and leave the other output
+            there; False for what nobody else asks for, such as a part of a text.
     """
 
     ids: list[int]
     second: int
-    ask: Ask | None = None
+    requested_outputs: frozenset[Output] | None = None
+    shares_outputs: bool = True
 
     def __len__(self) -> int:
         """Count the tokens, special ones included."""
@@ -374,17 +376,3 @@ def report_truncation(
         )
         raise TruncationError(msg)
     logger.warning("%s: the rest was not read.", said)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ask:
-    """What is asked of a sequence beside its plain vector.
-
-    Attributes:
-        outputs: The outputs of bge-m3 that make its row; empty for the vector alone, which is
-            the row of every other embedder.
-        memo: Where its pass looks first, and leaves the other half; None to share nothing.
-    """
-
-    outputs: frozenset[Output] = frozenset()
-    memo: PassMemo | None = None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bge_core.engine.scheduler import Rows
-    from bge_core.tokenizer import Ask, Room, Tokenizer, TokenSequence
+    from bge_core.tokenizer import Room, Tokenizer, TokenSequence
 
 __all__ = ["BestWindow", "MeanWindow", "Span", "Window", "cut_windows"]
 
@@ -112,17 +112,14 @@ class _Windowed(Call[Item]):
     Args:
         items: All items, in order.
         cut: Cuts items into windows.
-        ask: What is asked for each item that is a single window.
     """
 
     windowed = True
     unit = "window"
 
-    def __init__(self, items: Sequence[Item], *, cut: Cut[Item], ask: Ask | None = None) -> None:
+    def __init__(self, items: Sequence[Item], *, cut: Cut[Item]) -> None:
         super().__init__(items, encode=self._encode)
         self._cut = cut
-        # The rows of a part of a text are nobody else's: only whole texts share their pass.
-        self._ask = ask
         self._due: deque[list[list[Span]]] = deque()
 
     @property
@@ -149,11 +146,9 @@ class _Windowed(Call[Item]):
         self._due.append([[window.span for window in windows] for windows in found])
         sequences = []
         for windows in found:
-            ask = self._ask if len(windows) == 1 else None
-            sequences += [
-                window.tokens if ask is None else replace(window.tokens, ask=ask)
-                for window in windows
-            ]
+            # The outputs of a part of a text are nobody else's.
+            whole = len(windows) == 1
+            sequences += [replace(window.tokens, shares_outputs=whole) for window in windows]
         return sequences, cut
 
     @abstractmethod

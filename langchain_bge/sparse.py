@@ -87,7 +87,7 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         return _vectors(await self._core.aencode([text], dense=False, priority="interactive"))[0]
 
     def _make_core(self) -> M3Embedder:
-        core = M3Embedder(self.model, share_passes=True, **self._shared())
+        core = M3Embedder(self.model, share_outputs=True, **self._shared())
         core.require("sparse")
         return core
 

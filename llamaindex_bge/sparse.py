@@ -89,7 +89,7 @@ class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ign
     @property
     def _core(self) -> M3Embedder:
         if self._embedder is None:
-            made = M3Embedder(self.model_name, share_passes=True, **self._shared_arguments())
+            made = M3Embedder(self.model_name, share_outputs=True, **self._shared_arguments())
             made.require("sparse")
             self._embedder = made
         return self._embedder

@@ -462,10 +462,10 @@ def _nobody_else_s_passes() -> None:
     """Free what earlier tests' models left for each other.
 
     The traceback of an error that was caught holds the model that raised it, until the garbage
-    collector comes round, and while a model lives that shares passes, others find its halves.
+    collector comes round, and while a model lives that shares outputs, others find them.
     """
     passes = sys.modules.get("bge_core.backends.output_cache")
-    if passes is not None and passes._memos.by_name:
+    if passes is not None and passes._sharers:
         gc.collect()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bge_core.backends.base import Encoder
-    from bge_core.backends.output_cache import Half
+    from bge_core.backends.output_cache import CachedOutput, OutputCache
     from bge_core.backends.packing import Pack
     from bge_core.checkpoints.catalog import Output
     from bge_core.checkpoints.metadata import Checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["M3Row", "M3Runner"]
 
 _DENSE: frozenset[Output] = frozenset({"dense"})
-_HALVES: frozenset[Output] = frozenset({"dense", "sparse"})
+_SHARED: frozenset[Output] = frozenset({"dense", "sparse"})
 
 
 class M3Row(NamedTuple):
@@ -58,6 +58,7 @@ class M3Runner(PackedRunner):
         dtype: The encoder's number format, by name.
         device: Where the model is.
         budget: Tokens a pack may have unless the user says otherwise.
+        output_cache: Where passes look first and leave the output that was not asked for.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class M3Runner(PackedRunner):
         dtype: str,
         device: torch.device,
         budget: int,
+        output_cache: OutputCache,
     ) -> None:
         super().__init__(
             encoder,
@@ -79,8 +81,7 @@ class M3Runner(PackedRunner):
         )
         self._checkpoint = checkpoint
         self._dtype = dtype
-        # What two runners' numbers have in common: the same weights in the same format.
-        self._model: Hashable = (checkpoint.digest(), dtype)
+        self._cache = output_cache
         self._layers: dict[Output, torch.nn.Linear] = {}
 
     @torch.inference_mode()
@@ -94,30 +95,31 @@ class M3Runner(PackedRunner):
         Raises:
             CheckpointError: A layer that is asked for is missing or damaged.
         """
-        if all(sequence.ask is None for sequence in sequences):
-            return super().run(sequences)
-        taken = {place: self._taken(sequence) for place, sequence in enumerate(sequences)}
-        rows = {place: row for place, row in taken.items() if row is not None}
-        missing = [place for place in range(len(sequences)) if place not in rows]
-        if missing:
-            computed = self._computed([sequences[place] for place in missing])
-            rows.update(zip(missing, computed, strict=True))
-        return [_shape(sequence, rows[place]) for place, sequence in enumerate(sequences)]
+        shared = self._cache.is_shared
+        if not shared:
+            self._cache.clear_unless_shared()
+            if all(sequence.requested_outputs is None for sequence in sequences):
+                return super().run(sequences)
+        taken = [self._taken(sequence) if shared else None for sequence in sequences]
+        missing = [one for one, row in zip(sequences, taken, strict=True) if row is None]
+        computed = iter(self._computed(missing, shared=shared) if missing else ())
+        rows = [next(computed) if row is None else row for row in taken]
+        return [_shape(sequence, row) for sequence, row in zip(sequences, rows, strict=True)]
 
     def _taken(self, sequence: TokenSequence) -> M3Row | None:
         """Give a row that another asker's pass left, where it is all that is wanted."""
-        memo, wanted = _memo(sequence), _wanted(sequence)
-        if memo is None or len(wanted) > 1 or not wanted <= _HALVES:
+        wanted = _wanted(sequence)
+        if not sequence.shares_outputs or len(wanted) > 1 or not wanted <= _SHARED:
             return None
         (output,) = wanted
-        half: Any = memo.take(self._model, sequence.ids, output)
-        if half is None:
+        arrays: Any = self._cache.take(sequence.ids, output)
+        if arrays is None:
             return None
-        return M3Row(dense=half[0]) if output == "dense" else M3Row(sparse=half)
+        return M3Row(dense=arrays[0]) if output == "dense" else M3Row(sparse=arrays)
 
-    def _computed(self, sequences: Sequence[TokenSequence]) -> list[M3Row]:
-        shared = any(_memo(sequence) is not None for sequence in sequences)
-        weighted = self._asked(sequences, "sparse") or (shared and self._may_leave_sparse())
+    def _computed(self, sequences: Sequence[TokenSequence], *, shared: bool) -> list[M3Row]:
+        leaving = shared and any(sequence.shares_outputs for sequence in sequences)
+        weighted = self._asked(sequences, "sparse") or (leaving and self._may_leave_sparse())
         multi = [place for place, one in enumerate(sequences) if "multi_vector" in _wanted(one)]
         pack = self._pack(sequences)
         if not weighted and not multi:
@@ -131,7 +133,8 @@ class M3Runner(PackedRunner):
             end = start + len(sequence)
             sparse = None if weights is None else _strongest(sequence.ids, weights[start:end])
             rows.append(M3Row(dense[place].copy(), sparse, vectors.get(place)))
-            self._leave(sequence, rows[-1])
+            if leaving:
+                self._leave(sequence, rows[-1])
             start = end
         return rows
 
@@ -149,12 +152,11 @@ class M3Runner(PackedRunner):
 
     def _leave(self, sequence: TokenSequence, row: M3Row) -> None:
         """Keep what was computed and not asked for, for the next asker."""
-        memo = _memo(sequence)
-        if memo is None or row.sparse is None or row.dense is None:
+        if not sequence.shares_outputs or row.sparse is None or row.dense is None:
             return
-        halves: dict[Output, Half] = {"dense": (row.dense,), "sparse": row.sparse}
-        for output in _HALVES - _wanted(sequence):
-            memo.keep(self._model, sequence.ids, output, halves[output])
+        computed: dict[Output, CachedOutput] = {"dense": (row.dense,), "sparse": row.sparse}
+        for output in _SHARED - _wanted(sequence):
+            self._cache.keep(sequence.ids, output, computed[output])
 
     def _asked(self, sequences: Sequence[TokenSequence], output: Output) -> bool:
         return any(output in _wanted(sequence) for sequence in sequences)
@@ -175,19 +177,15 @@ class M3Runner(PackedRunner):
         return self._layers[output]
 
 
-def _memo(sequence: TokenSequence) -> Any:
-    return None if sequence.ask is None else sequence.ask.memo
-
-
 def _wanted(sequence: TokenSequence) -> frozenset[Output]:
-    return sequence.ask.outputs if sequence.ask and sequence.ask.outputs else _DENSE
+    return sequence.requested_outputs or _DENSE
 
 
 def _shape(sequence: TokenSequence, row: M3Row) -> Any:
     """Give what a sequence asked for, and nothing that came along."""
-    if sequence.ask is None or not sequence.ask.outputs:
+    outputs = sequence.requested_outputs
+    if outputs is None:
         return row.dense
-    outputs = sequence.ask.outputs
     return M3Row(
         dense=row.dense if "dense" in outputs else None,
         sparse=row.sparse if "sparse" in outputs else None,

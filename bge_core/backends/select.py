@@ -11,6 +11,7 @@ from bge_core.backends.base import POOLS, default_budget, identity, pooled, take
 from bge_core.backends.bert import load_bert
 from bge_core.backends.loading import load_model, out_of_memory_error
 from bge_core.backends.onednn import prepack_linear_weights
+from bge_core.backends.output_cache import OutputCache
 from bge_core.backends.packed import PackedRunner
 from bge_core.backends.padded import PaddedRunner, load_sentence_transformers
 from bge_core.checkpoints.metadata import is_m3_architecture
@@ -35,6 +36,7 @@ def load_runner(
     dtype: str,
     trust_remote_code: bool,
     answer: int | None = None,
+    output_cache: OutputCache | None = None,
 ) -> Runner:
     """Load a checkpoint's weights onto a device, ready to execute packs.
 
@@ -46,6 +48,7 @@ def load_runner(
         dtype: `"float32"`, `"float16"` or `"bfloat16"`.
         trust_remote_code: Run Python code that the checkpoint carries.
         answer: The token whose logit is the score, of a reranker that is a language model.
+        output_cache: Where bge-m3's passes look first and leave the other output; None for none.
 
     Raises:
         CheckpointError: The weights are missing or damaged.
@@ -58,7 +61,7 @@ def load_runner(
     if bert is not None:
         # Ours alone: other models' code may look at the weights of a layer itself.
         bert.bucketed = place.type == "cpu" and dtype == "float32" and prepack_linear_weights(bert)
-        return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype)
+        return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype, output_cache)
     from bge_core.backends.stock import classifier_head, transformers_encoder
 
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -73,7 +76,7 @@ def load_runner(
     head: Head | None = identity if kind == "embedder" else classifier_head(model, answer)
     stock = None if head is None else transformers_encoder(encoder, checkpoint, place)
     if head is not None and stock is not None:
-        return _packed(stock, checkpoint, pooling, head, encoder.config, place, dtype)
+        return _packed(stock, checkpoint, pooling, head, encoder.config, place, dtype, output_cache)
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
     # Without a head that takes rows, the whole model gives the outcome itself.
     whole, pool = model, None
@@ -102,12 +105,20 @@ def _packed(
     config: Any,
     device: torch.device,
     dtype: str,
+    output_cache: OutputCache | None,
 ) -> PackedRunner:
     budget = default_budget(config, device, dtype)
     if is_m3_architecture(checkpoint, pooling):
         from bge_core.backends.m3_heads import M3Runner
 
-        return M3Runner(encoder, checkpoint=checkpoint, dtype=dtype, device=device, budget=budget)
+        return M3Runner(
+            encoder,
+            checkpoint=checkpoint,
+            dtype=dtype,
+            device=device,
+            budget=budget,
+            output_cache=OutputCache() if output_cache is None else output_cache,
+        )
     return PackedRunner(
         encoder,
         pooling,

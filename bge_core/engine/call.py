@@ -16,8 +16,9 @@ from bge_core.tokenizer import TokenSequence
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bge_core.checkpoints.catalog import Output
     from bge_core.engine.scheduler import Rows
-    from bge_core.tokenizer import Ask, Tokenizer
+    from bge_core.tokenizer import Tokenizer
 
 __all__ = ["Call", "Item", "non_finite_error", "progress_bar", "run_off_loop", "slices_of"]
 
@@ -37,24 +38,26 @@ class Call(Generic[Item]):
 
     Args:
         items: All items, in order.
-        ask: What is asked for each of them beside a plain row.
+        requested_outputs: The outputs of bge-m3 that make a row; None for a plain one.
         encode: Tokenises them; None for the model's own way.
     """
 
     windowed = False
+    shares_outputs = True
+    """See `TokenSequence`."""
     unit = "text"
 
     def __init__(
         self,
         items: Sequence[Item],
         *,
-        ask: Ask | None = None,
+        requested_outputs: frozenset[Output] | None = None,
         encode: Encode[Item] | None = None,
     ) -> None:
         index: dict[Item, int] = {}
         self.places = [index.setdefault(item, len(index)) for item in items]
         self.items: list[Item] = list(index)
-        self.ask = ask
+        self.requested_outputs = requested_outputs
         self.encode: Encode[Item] | None = encode
         self.cut: list[bool] = []
         self.rows: Rows = []

@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bge_core.backends.base import Runner
+    from bge_core.backends.output_cache import OutputCache
     from bge_core.checkpoints.metadata import Checkpoint, Kind
     from bge_core.checkpoints.source import Source
     from bge_core.devices import Placement
     from bge_core.engine.call import Encode
     from bge_core.engine.scheduler import Engine, Priority, Rows
     from bge_core.errors import ComputationError
-    from bge_core.tokenizer import Ask, Tokenizer, TokenSequence
+    from bge_core.tokenizer import Tokenizer, TokenSequence
 
 __all__ = ["LocalModel"]
 
@@ -208,23 +209,27 @@ class LocalModel(Closeable, Generic[Item]):
 
     def _load(self) -> Engine:
         found = self.checkpoint  # before the heavy imports: it may not be there at all
-        from bge_core.engine.registry import shared_engine
+        from bge_core.engine.registry import shared_engine, shared_output_cache
 
         devices, dtype = self._placed()
+        content = self._content()
         key = (
             self._kind,
             found.folder.resolve(),
             # A folder that was trained further is another model.
-            self._content(),
+            content,
             self._pooling or found.pooling,
             devices,
             dtype,
             self._backend,
             self._source.trust_remote_code,
         )
-        return shared_engine(key, lambda: self._new_engine(found, devices, dtype))
+        cache = shared_output_cache((content, dtype), self._source.name)
+        return shared_engine(key, lambda: self._new_engine(found, devices, dtype, cache))
 
-    def _new_engine(self, found: Checkpoint, devices: Sequence[str], dtype: str) -> Engine:
+    def _new_engine(
+        self, found: Checkpoint, devices: Sequence[str], dtype: str, cache: OutputCache
+    ) -> Engine:
         from bge_core.backends.loading import load_tokenizer
         from bge_core.backends.select import load_runner
         from bge_core.engine.scheduler import Engine
@@ -253,7 +258,12 @@ class LocalModel(Closeable, Generic[Item]):
                 logger.debug("Torch serves queries, too: %s", exc)
         if backend == "openvino" and fast is not None:
             both = [fast] * len(devices)
-            return Engine({"interactive": both, "background": both}, tokenizer, name=found.name)
+            return Engine(
+                {"interactive": both, "background": both},
+                tokenizer,
+                name=found.name,
+                output_cache=cache,
+            )
         prompt = found.pair_prompt
         answer = None if prompt is None else tokenizer.first_id(prompt.answer)
         loaded = [
@@ -265,12 +275,18 @@ class LocalModel(Closeable, Generic[Item]):
                 dtype=dtype,
                 trust_remote_code=trust,
                 answer=answer,
+                output_cache=cache,
             )
             for device in devices
         ]
         # Bulk is level between the two, and packs need next to no padding.
         query = loaded if fast is None else [fast] * len(devices)
-        return Engine({"interactive": query, "background": loaded}, tokenizer, name=found.name)
+        return Engine(
+            {"interactive": query, "background": loaded},
+            tokenizer,
+            name=found.name,
+            output_cache=cache,
+        )
 
     def _auto_openvino(self, devices: Sequence[str], dtype: str) -> bool:
         # A reranker's work is bulk even when somebody waits for it.
@@ -296,13 +312,9 @@ class LocalModel(Closeable, Generic[Item]):
     ) -> tuple[list[TokenSequence], list[bool]]:
         """Tokenise items; says of each whether it was cut."""
 
-    def _ask(self) -> Ask | None:
-        """Say what is asked for beside a plain row; nothing of most models."""
-        return None
-
     def _call(self, items: Sequence[Item], encode: Encode[Item] | None = None) -> Call[Item]:
         """Make the call of items, which are tokenised by `encode`; None for `_encode`."""
-        return Call(items, ask=self._ask(), encode=encode)
+        return Call(items, encode=encode)
 
     def _compute(
         self,
@@ -412,8 +424,15 @@ class LocalModel(Closeable, Generic[Item]):
                 call.cut += cut
                 if strict:
                     self._report(call)
-            if call.ask is not None:
-                sequences = [replace(sequence, ask=call.ask) for sequence in sequences]
+            if call.requested_outputs is not None:
+                sequences = [
+                    replace(
+                        sequence,
+                        requested_outputs=call.requested_outputs,
+                        shares_outputs=call.shares_outputs,
+                    )
+                    for sequence in sequences
+                ]
             yield sequences
 
     def _report(self, call: Call[Item]) -> None:

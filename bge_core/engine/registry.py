@@ -7,17 +7,21 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
+from bge_core.backends.output_cache import OutputCache
 from bge_core.engine.process import hold_interpreter_exit, on_fork
 
 if TYPE_CHECKING:
     from bge_core.engine.scheduler import Engine
 
-__all__ = ["shared_engine"]
+__all__ = ["shared_engine", "shared_output_cache"]
 
 
 class _Registry:
     def __init__(self) -> None:
         self.engines: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
+        self.output_caches: weakref.WeakValueDictionary[Hashable, OutputCache] = (
+            weakref.WeakValueDictionary()
+        )
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -47,3 +51,20 @@ def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
             engine = load()
             _registry.engines[key] = engine
         return engine
+
+
+def shared_output_cache(key: Hashable, model: Hashable) -> OutputCache:
+    """Give the output cache of all engines whose outputs are the same, while one of them lives.
+
+    Args:
+        key: The checkpoint's content and the dtype.
+        model: The model's name as the user wrote it.
+    """
+    with _registry.loading:
+        cache = _registry.output_caches.get(key)
+        if cache is None:
+            cache = OutputCache()
+            on_fork(cache, OutputCache.after_fork)
+            _registry.output_caches[key] = cache
+        cache.add_model(model)
+        return cache

@@ -30,6 +30,7 @@ from bge_core.errors import ComputationError, closed_error, closed_while_waiting
 
 if TYPE_CHECKING:
     from bge_core.backends.base import Runner
+    from bge_core.backends.output_cache import OutputCache
     from bge_core.tokenizer import Tokenizer, TokenSequence
 
 __all__ = ["Engine", "Priority"]
@@ -326,12 +327,19 @@ class Engine:
         runners: One a device, for each priority; both may have the same.
         tokenizer: The checkpoint's tokenizer.
         name: The model's name, for messages.
+        output_cache: What the runners' passes leave for others; None for none.
     """
 
     def __init__(
-        self, runners: Mapping[Priority, Sequence[Runner]], tokenizer: Tokenizer, *, name: str
+        self,
+        runners: Mapping[Priority, Sequence[Runner]],
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        output_cache: OutputCache | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.output_cache = output_cache
         self._workers = _Workers(runners, name)
         # The last owner's close, or garbage collection, stops the workers and frees the weights.
         weakref.finalize(self, self._workers.close)

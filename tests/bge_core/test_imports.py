@@ -109,7 +109,7 @@ def test_making_an_embedder_and_a_reranker_loads_neither_torch_nor_transformers(
     en_folder, reranker_folder, m3_folder
 ):
     made = f"Embedder({str(en_folder)!r}); Reranker({str(reranker_folder)!r})"
-    made += f"; M3Embedder({str(m3_folder)!r}, share_passes=True); make_scorer({str(m3_folder)!r})"
+    made += f"; M3Embedder({str(m3_folder)!r}, share_outputs=True); make_scorer({str(m3_folder)!r})"
     made += f"; make_embedder({SERVED})"
     assert run_python(f"from bge_core import *; {made}; {HEAVY}") == "[]"
 

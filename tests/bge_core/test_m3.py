@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import functools
+import gc
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from bge_core import (
     M3Weights,
     TruncationError,
 )
-from bge_core.backends.output_cache import PassMemo, find_passes
+from bge_core.backends.output_cache import OutputCache
 
 TEXTS = [
     "Paris is the capital and the largest city of France, on the river Seine.",
@@ -345,7 +346,7 @@ def test_an_embedder_and_an_m3_embedder_share_one_model(m3_folder, computed):
 
 @pytest.mark.parametrize("first", ["dense", "sparse"])
 async def test_the_second_asker_needs_no_pass(call, m3_folder, computed, reference, first):
-    with M3Embedder(m3_folder, share_passes=True) as m3, Embedder(m3_folder) as dense:
+    with M3Embedder(m3_folder, share_outputs=True) as m3, Embedder(m3_folder) as dense:
 
         async def ask(output):
             if output == "dense":
@@ -357,7 +358,7 @@ async def test_the_second_asker_needs_no_pass(call, m3_folder, computed, referen
         second = "sparse" if first == "dense" else "dense"
         outcomes[second] = await ask(second)
         assert computed.tokens == tokens
-        assert len(find_passes(m3._source.name)) == 0
+        assert len(m3._loaded().output_cache) == 0
         # What was taken is gone: a third asker computes, and leaves the other half again.
         await ask(second)
         assert computed.tokens == 2 * tokens
@@ -370,7 +371,7 @@ async def test_the_second_asker_needs_no_pass(call, m3_folder, computed, referen
 
 
 async def test_two_halves_of_one_m3_embedder_take_one_pass(call, m3_folder, computed):
-    with M3Embedder(m3_folder, share_passes=True) as m3:
+    with M3Embedder(m3_folder, share_outputs=True) as m3:
         await call(m3, "encode", TEXTS, sparse=False)
         tokens = computed.tokens
         await call(m3, "encode", TEXTS, dense=False, priority="interactive")
@@ -381,7 +382,7 @@ def test_devices_share_what_passes_leave(m3_folder, computed):
     texts = [f"{text} {n}" for n in range(20) for text in TEXTS]
     devices = ["cpu", "cpu:0"]
     with (
-        M3Embedder(m3_folder, share_passes=True, device=devices, batch_tokens=64) as m3,
+        M3Embedder(m3_folder, share_outputs=True, device=devices, batch_tokens=64) as m3,
         Embedder(m3_folder, device=devices, batch_tokens=64) as dense,
     ):
         dense.embed_documents(texts)
@@ -394,7 +395,7 @@ def test_devices_share_what_passes_leave(m3_folder, computed):
 def test_other_texts_and_other_cuts_are_computed(m3_folder, computed, reference):
     texts = ["panda " * 30, "cat"]
     with (
-        M3Embedder(m3_folder, share_passes=True, max_length=12) as short,
+        M3Embedder(m3_folder, share_outputs=True, max_length=12) as short,
         Embedder(m3_folder) as dense,
     ):
         dense.embed_documents(texts)
@@ -411,7 +412,7 @@ def test_the_second_asker_s_texts_are_counted_too(m3_folder, caplog, policy):
     caplog.set_level(logging.WARNING)
     text = ["panda " * 30]
     with (
-        M3Embedder(m3_folder, share_passes=True, max_length=9, on_truncation=policy) as m3,
+        M3Embedder(m3_folder, share_outputs=True, max_length=9, on_truncation=policy) as m3,
         Embedder(m3_folder, max_length=9, on_truncation="ignore") as dense,
     ):
         dense.embed_documents(text)
@@ -425,22 +426,65 @@ def test_the_second_asker_s_texts_are_counted_too(m3_folder, caplog, policy):
 
 def test_nothing_is_kept_unless_somebody_wants_it(m3_folder, computed):
     with M3Embedder(m3_folder) as m3, Embedder(m3_folder) as dense:
-        assert find_passes(m3._source.name) is None
         dense.embed_documents(TEXTS)
         tokens = computed.tokens
         m3.encode(TEXTS, dense=False)
+        cache = m3._loaded().output_cache
+        assert not cache.is_shared
+        assert len(cache) == 0
         assert computed.tokens == 2 * tokens
-    sharing = M3Embedder(m3_folder, share_passes=True)
-    assert find_passes(sharing._source.name) is not None
-    sharing.close()
-    assert find_passes(sharing._source.name) is None
-    with pytest.raises(ClosedError):
-        sharing.encode(["a"])
+        sharing = M3Embedder(m3_folder, share_outputs=True)
+        assert cache.is_shared
+        dense.embed_documents(TEXTS)
+        assert len(cache) == len(set(TEXTS))
+        sharing.close()
+        assert not cache.is_shared
+        with pytest.raises(ClosedError):
+            sharing.encode(["a"])
+        dense.embed_queries(["b"])
+        assert (len(cache), cache.size) == (0, 0)
+
+
+def test_what_is_shared_is_let_go_with_the_last_one_who_wants_it(m3_folder):
+    with Embedder(m3_folder) as dense:
+        sharing = [M3Embedder(m3_folder, share_outputs=True) for _ in range(3)]
+        sharing[0].encode(TEXTS, dense=False)
+        cache = sharing[0]._loaded().output_cache
+        assert len(cache) == len(set(TEXTS))
+        sharing.pop().close()
+        del sharing[1]  # not closed, and collected
+        gc.collect()
+        assert cache.is_shared
+        assert len(cache) == len(set(TEXTS))
+        sharing.pop().close()
+        assert len(cache) == 0
+        dense.embed_documents(TEXTS)
+        assert len(cache) == 0
+
+
+def test_scores_leave_nothing(m3_folder):
+    with M3Embedder(m3_folder, share_outputs=True) as m3:
+        m3.score([("cat", "panda")], weights={"dense": 1, "sparse": 0, "multi_vector": 0})
+        assert len(m3._loaded().output_cache) == 0
+
+
+def test_engines_of_one_checkpoint_share_what_passes_leave(m3_folder, copy_of, computed):
+    """Whatever the folder's name or the engine's other arguments are."""
+    with (
+        M3Embedder(m3_folder, share_outputs=True) as m3,
+        Embedder(copy_of(m3_folder), device="cpu:0") as dense,
+    ):
+        dense.embed_queries(["loaded"])
+        m3.encode(["loaded"])
+        dense.embed_documents(TEXTS)
+        tokens = computed.tokens
+        m3.encode(TEXTS, dense=False)
+        assert computed.tokens == tokens
 
 
 def test_a_query_with_an_instruction_is_another_text(m3_folder, computed):
     with (
-        M3Embedder(m3_folder, share_passes=True) as m3,
+        M3Embedder(m3_folder, share_outputs=True) as m3,
         Embedder(m3_folder, query_instruction="find: ") as dense,
     ):
         dense.embed_queries(["cat"])
@@ -451,7 +495,7 @@ def test_a_query_with_an_instruction_is_another_text(m3_folder, computed):
 
 def test_mean_pooling_is_no_half_of_m3(m3_folder, reference_embed, reference):
     with (
-        M3Embedder(m3_folder, share_passes=True) as m3,
+        M3Embedder(m3_folder, share_outputs=True) as m3,
         Embedder(m3_folder, pooling="mean") as mean,
     ):
         encoded = m3.encode(TEXTS, dense=False)
@@ -465,7 +509,7 @@ def test_threads_get_their_own(m3_folder, reference):
     expected = [reference(text) for text in texts]
     wrong = []
     start = threading.Barrier(6)
-    with M3Embedder(m3_folder, share_passes=True) as m3, Embedder(m3_folder) as dense:
+    with M3Embedder(m3_folder, share_outputs=True) as m3, Embedder(m3_folder) as dense:
 
         def work(index):
             start.wait()
@@ -483,9 +527,9 @@ def test_threads_get_their_own(m3_folder, reference):
 
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(work, range(6)))
-        memo = find_passes(m3._source.name)
+        cache = m3._loaded().output_cache
         assert not wrong
-        assert memo.size < 1 << 20
+        assert cache.size < 1 << 20
 
 
 async def test_tasks_share_packs(m3_folder, computed):
@@ -496,27 +540,26 @@ async def test_tasks_share_packs(m3_folder, computed):
         assert len(computed.passes) < 20
 
 
-class TestMemo:
+class TestOutputCache:
     def test_gives_once(self):
-        memo = PassMemo()
+        cache = OutputCache()
         half = (np.zeros(4, dtype=np.float32),)
-        memo.keep("model", [5, 6], "dense", half)
-        assert memo.take("other", [5, 6], "dense") is None
-        assert memo.take("model", [5, 6], "sparse") is None
-        assert memo.take("model", [5, 6, 7], "dense") is None
-        assert memo.take("model", [5, 6], "dense") is half
-        assert memo.take("model", [5, 6], "dense") is None
-        assert (len(memo), memo.size) == (0, 0)
+        cache.keep([5, 6], "dense", half)
+        assert cache.take([5, 6], "sparse") is None
+        assert cache.take([5, 6, 7], "dense") is None
+        assert cache.take([5, 6], "dense") is half
+        assert cache.take([5, 6], "dense") is None
+        assert (len(cache), cache.size) == (0, 0)
 
     def test_is_bounded_and_forgets_the_oldest(self):
-        memo = PassMemo(most=10_000)
+        cache = OutputCache(max_bytes=10_000)
         for token in range(100):
-            memo.keep("model", [token], "dense", (np.zeros(250, dtype=np.float32),))
-            memo.keep("model", [token], "dense", (np.zeros(250, dtype=np.float32),))
-        assert 0 < memo.size <= 10_000
-        assert len(memo) == 7
-        assert memo.take("model", [99], "dense") is not None
-        assert memo.take("model", [92], "dense") is None
+            cache.keep([token], "dense", (np.zeros(250, dtype=np.float32),))
+            cache.keep([token], "dense", (np.zeros(250, dtype=np.float32),))
+        assert 0 < cache.size <= 10_000
+        assert len(cache) == 7
+        assert cache.take([99], "dense") is not None
+        assert cache.take([92], "dense") is None
 
 
 # Refusals.
@@ -585,7 +628,7 @@ async def test_a_damaged_file_is_refused_and_dense_vectors_are_not(
 ):
     folder = copy_of(m3_folder)
     damage(folder / FILES[output])
-    with M3Embedder(folder, share_passes=True) as embedder, Embedder(folder) as dense:
+    with M3Embedder(folder, share_outputs=True) as embedder, Embedder(folder) as dense:
         vectors = await call(dense, "embed_documents", TEXTS)
         computed.passes.clear()
         for _ in range(2):
@@ -656,14 +699,14 @@ async def test_nan_is_refused(call, m3_folder, copy_of, output):
 
 
 def test_copies_and_pickles_carry_the_configuration(m3_folder, reference):
-    embedder = M3Embedder(m3_folder, share_passes=True, max_length=20)
+    embedder = M3Embedder(m3_folder, share_outputs=True, max_length=20)
     embedder.encode(["a"])
     carried = pickle.dumps(embedder)
     assert len(carried) < 2000
     for other in (pickle.loads(carried), copy.copy(embedder), copy.deepcopy(embedder)):
         assert other.max_length == 20
         check(other.encode(TEXTS, multi_vector=True), reference, TEXTS, max_length=20)
-        assert find_passes(other._source.name) is not None
+        assert other._loaded().output_cache.is_shared
 
 
 def test_fingerprint(m3_folder, copy_of):

@@ -352,7 +352,7 @@ async def test_a_text_that_fits_shares_its_pass_with_bge_m3_s_sparse_output(
 ):
     short = "Paris is in France."
     with (
-        M3Embedder(m3_folder, share_passes=True) as sparse,
+        M3Embedder(m3_folder, share_outputs=True) as sparse,
         Embedder(m3_folder, max_length=20, long_passages="window") as embedder,
     ):
         await call(embedder, "embed_documents", [short, LONG])
@@ -360,4 +360,4 @@ async def test_a_text_that_fits_shares_its_pass_with_bge_m3_s_sparse_output(
         await call(sparse, "encode", [short], dense=False)
         assert computed.tokens == before
         # The halves of windows would be nobody's.
-        assert len(sparse._memo) == 0
+        assert len(sparse._loaded().output_cache) == 0

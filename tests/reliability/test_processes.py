@@ -200,7 +200,7 @@ def test_workers_forked_from_a_process_with_a_model_compute(
         import torch
         torch.set_num_threads(2)
         from bge_core import Embedder, M3Embedder, Reranker
-        embedder, m3 = Embedder(FOLDER), M3Embedder(FOLDER, share_passes=True)
+        embedder, m3 = Embedder(FOLDER), M3Embedder(FOLDER, share_outputs=True)
         reranker = Reranker(OTHER)
         # Long enough for torch to use its threads.
         long = ["panda " * 800, "cat " * 500]
@@ -276,7 +276,7 @@ def test_what_travels_is_light(
 ):
     made: list[Any] = [
         Embedder(stand_in_folder),
-        M3Embedder(m3_folder, share_passes=True),
+        M3Embedder(m3_folder, share_outputs=True),
         Reranker(reranker_folder),
         make_scorer(m3_folder),
         langchain_bge.BGEEmbeddings(model=stand_in_folder),
