@@ -8,14 +8,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bge_core import arguments
-from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import HEADS, read
 from bge_core.checkpoints.source import Source, locate
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError
 from bge_core.m3 import M3Embedder, M3Reranker
 from bge_core.reranker import Reranker
-from bge_core.servers.models import RemoteEmbedder, RemoteReranker
+from bge_core.servers.models import (
+    RemoteEmbedder,
+    RemoteReranker,
+    find_served_profile,
+    served_source,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +39,8 @@ def make_scorer(
     endpoint: str | None = None,
     api_key: str | None = None,
     timeout: float | None = None,
+    served_model_name: str | None = None,
+    endpoint_batch_size: int | None = None,
     m3_weights: M3Weights | Mapping[str, float] | None = None,
     normalize: bool = True,
     device: str | Sequence[str] | None = None,
@@ -58,6 +64,8 @@ def make_scorer(
         endpoint: A server's address; None for this machine. bge-m3 scores on this machine only.
         api_key: The server's token, as `RemoteReranker` takes it.
         timeout: Seconds to wait for one answer of the server.
+        served_model_name: The server's name of the model, where it is another than `model`.
+        endpoint_batch_size: Texts that one request to the server carries, at most; None for 32.
         m3_weights: How much each score of bge-m3 counts; None for 1, 0.3 and 1, and for a
             reranker.
         normalize: As `Reranker` takes it; bge-m3's scores are what they are.
@@ -105,14 +113,24 @@ def make_scorer(
         "trust_remote_code": trust_remote_code,
         "token": token,
     }
-    if _is_m3(Source.of(model, revision=revision, cache_folder=cache_folder)):
+    served: dict[str, Any] = {
+        "api_key": api_key,
+        "timeout": timeout,
+        "served_model_name": served_model_name,
+        "endpoint_batch_size": endpoint_batch_size,
+    }
+    if _is_m3(
+        Source.of(model, revision=revision, cache_folder=cache_folder)
+        if endpoint is None
+        else served_source(model)
+    ):
         if endpoint is not None:
             msg = (
                 f"{os.fspath(model)!r} reranks by three scores that no server's /rerank gives: "
                 "leave endpoint=... out, or use a cross-encoder such as 'BAAI/bge-reranker-v2-m3'."
             )
             raise ArgumentError(msg)
-        reject_local_options(None, api_key=api_key, timeout=timeout, local=shared)
+        reject_local_options(None, served=served, local=shared)
         if arguments.one_of("long_passages", long_passages, arguments.LONG_PASSAGES) == "window":
             msg = (
                 f"long_passages='window' is for rerankers, and {os.fspath(model)!r} scores whole "
@@ -120,9 +138,13 @@ def make_scorer(
             )
             raise ArgumentError(msg)
         return M3Reranker(M3Embedder(model, **shared), weights=m3_weights)
-    served: dict[str, Any] = {"endpoint": endpoint, "api_key": api_key, "timeout": timeout}
     reranker = make_reranker(
-        model, normalize=normalize, long_passages=long_passages, **served, **shared
+        model,
+        normalize=normalize,
+        long_passages=long_passages,
+        endpoint=endpoint,
+        **served,
+        **shared,
     )
     if m3_weights is not None:
         msg = (
@@ -136,7 +158,7 @@ def make_scorer(
 def _is_m3(source: Source) -> bool:
     if not source.is_local:
         # Another hub id is a reranker or will be refused: nothing is downloaded to see.
-        return _all_outputs(find_profile(source.model))
+        return _all_outputs(find_served_profile(source.model))
     found = read(source, locate(source))
     return not found.labels and (_all_outputs(found.profile) or found.heads == HEADS.keys())
 
@@ -163,6 +185,8 @@ def make_embedder(
     endpoint: str | None = None,
     api_key: str | None = None,
     timeout: float | None = None,
+    served_model_name: str | None = None,
+    endpoint_batch_size: int | None = None,
     query_instruction: str | None = None,
     task_description: str | None = None,
     examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
@@ -190,6 +214,8 @@ def make_embedder(
         endpoint: A server's address; None for this machine.
         api_key: The server's token, as `RemoteEmbedder` takes it.
         timeout: Seconds to wait for one answer of the server.
+        served_model_name: The server's name of the model, where it is another than `model`.
+        endpoint_batch_size: Texts that one request to the server carries, at most; None for 32.
         query_instruction: As `Embedder` takes it, and so all that follow.
         task_description: A decoder's word for the same.
         examples: What bge-en-icl sees in front of each query.
@@ -248,10 +274,16 @@ def make_embedder(
         "task": task,
         "normalize": normalize,
     }
-    reject_local_options(endpoint, api_key=api_key, timeout=timeout, local=local)
+    served: dict[str, Any] = {
+        "api_key": api_key,
+        "timeout": timeout,
+        "served_model_name": served_model_name,
+        "endpoint_batch_size": endpoint_batch_size,
+    }
+    reject_local_options(endpoint, served=served, local=local)
     if endpoint is None:
         return Embedder(model, **common, **local)
-    return RemoteEmbedder(model, endpoint=endpoint, api_key=api_key, timeout=timeout, **common)
+    return RemoteEmbedder(model, endpoint=endpoint, **served, **common)
 
 
 def make_reranker(
@@ -260,6 +292,8 @@ def make_reranker(
     endpoint: str | None = None,
     api_key: str | None = None,
     timeout: float | None = None,
+    served_model_name: str | None = None,
+    endpoint_batch_size: int | None = None,
     normalize: bool = True,
     device: str | Sequence[str] | None = None,
     dtype: str | torch.dtype = "auto",
@@ -282,6 +316,8 @@ def make_reranker(
         endpoint: A server's address; None for this machine.
         api_key: The server's token, as `RemoteReranker` takes it.
         timeout: Seconds to wait for one answer of the server.
+        served_model_name: The server's name of the model, where it is another than `model`.
+        endpoint_batch_size: Texts that one request to the server carries, at most; None for 32.
         normalize: As `Reranker` takes it, and so all that follow.
         device: Where it runs.
         dtype: A number format.
@@ -320,19 +356,22 @@ def make_reranker(
         "trust_remote_code": trust_remote_code,
         "token": token,
     }
-    reject_local_options(endpoint, api_key=api_key, timeout=timeout, local=local)
+    served: dict[str, Any] = {
+        "api_key": api_key,
+        "timeout": timeout,
+        "served_model_name": served_model_name,
+        "endpoint_batch_size": endpoint_batch_size,
+    }
+    reject_local_options(endpoint, served=served, local=local)
     if endpoint is None:
         return Reranker(model, normalize=normalize, **local)
-    return RemoteReranker(
-        model, endpoint=endpoint, api_key=api_key, timeout=timeout, normalize=normalize
-    )
+    return RemoteReranker(model, endpoint=endpoint, normalize=normalize, **served)
 
 
 def reject_local_options(
     endpoint: str | None,
     *,
-    api_key: str | None,
-    timeout: float | None,
+    served: Mapping[str, object],
     local: Mapping[str, object],
 ) -> None:
     """Refuse arguments of a local model beside an endpoint, and a server's without one.
@@ -341,11 +380,10 @@ def reject_local_options(
         ArgumentError: Names what to leave out.
     """
     if endpoint is None:
-        served = {"api_key": api_key, "timeout": timeout}
         given = [name for name, value in served.items() if value is not None]
         if given:
             msg = (
-                f"{' and '.join(given)} is for a server: pass endpoint='http://...', too, or leave "
+                f"{', '.join(given)} is for a server: pass endpoint='http://...', too, or leave "
                 "it out. A token for private models on the hub is token='...'."
             )
             raise ArgumentError(msg)

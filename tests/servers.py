@@ -31,6 +31,11 @@ class Server:
         faults: What it does with the next requests in place of answering.
         edit: Changes an answer before it goes out.
         delay: Seconds before each answer.
+        batch_limit: Texts or passages that a request may have.
+        refusal: What it says to more of them: (given, limit) -> a status and a body.
+        info: What `/info` says; None for a server without it.
+        info_asked: How often `/info` was asked for.
+        names: Names of models that it knows; None for any.
         asked: (path, body) of each request, in order.
         headers: The headers of the last request.
         most_at_once: Requests that it had at a time, at most.
@@ -54,6 +59,11 @@ class Server:
         self.faults: list[Fault] = []
         self.edit: Callable[[Any], Any] = lambda answer: answer
         self.delay = 0.0
+        self.batch_limit = 32
+        self.refusal: Callable[[int, int], tuple[int, Any]] = tei_refusal
+        self.info: dict[str, Any] | None = None
+        self.info_asked = 0
+        self.names: set[str] | None = None
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.headers: dict[str, str] = {}
         self.at_once = self.most_at_once = 0
@@ -74,6 +84,11 @@ class Server:
             if not message.get("more_body"):
                 break
         self.headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        if scope["method"] == "GET":
+            self.info_asked += 1
+            status = 404 if scope["path"] != "/info" or self.info is None else 200
+            await answer(status, self.info or {})(send)
+            return
         self.asked.append((scope["path"], json.loads(body)))
         if self.faults:
             await self.faults.pop(0)(send)
@@ -90,6 +105,11 @@ class Server:
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if self.api_key and self.headers.get("authorization") != f"Bearer {self.api_key}":
             return 401, {"detail": "Unauthorized"}
+        if self.names is not None and body["model"] not in self.names:
+            return 404, {"error": {"message": f"The model {body['model']!r} does not exist."}}
+        items = body.get("input") or body.get("texts") or body.get("documents") or []
+        if len(items) > self.batch_limit:
+            return self.refusal(len(items), self.batch_limit)
         if path == f"{self.prefix}/embeddings":
             return self._embeddings(body["input"])
         if path == f"{self.prefix}/rerank":
@@ -97,8 +117,6 @@ class Server:
         return 404, {"detail": "Not Found"}
 
     def _embeddings(self, texts: list[str]) -> tuple[int, Any]:
-        if len(texts) > 32:
-            return 413, {"message": f"batch size {len(texts)} > maximum allowed batch size 32"}
         vectors = [[float(number) for number in vector] for vector in self.embed(texts)]
         data = [{"index": at, "embedding": vector} for at, vector in enumerate(vectors)]
         # Nobody promises an order.
@@ -116,6 +134,21 @@ class Server:
         scores = logits if raw else 1 / (1 + np.exp(-logits))
         ranks = [{"index": int(at), name: float(scores[at])} for at in np.argsort(-scores)]
         return 200, ranks if tei else {"results": ranks}
+
+
+def tei_refusal(given: int, limit: int) -> tuple[int, Any]:
+    """Refuse a batch as text-embeddings-inference does."""
+    return 413, {
+        "error": f"batch size {given} > maximum allowed batch size {limit}",
+        "error_type": "Validation",
+    }
+
+
+def infinity_refusal(given: int, limit: int) -> tuple[int, Any]:
+    """Refuse a batch as Infinity's pydantic models do."""
+    said = f"List should have at most {limit} items after validation, not {given}"
+    entry = {"type": "too_long", "loc": ["body", "input"], "msg": said, "input": ["x"] * given}
+    return 422, {"detail": [entry]}
 
 
 def answer(status: int, body: Any, **headers: str) -> Fault:

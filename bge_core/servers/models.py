@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,16 +14,24 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from bge_core import arguments
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import check_kind, check_profile, read
 from bge_core.checkpoints.source import Source, locate
 from bge_core.embedder import DenseEmbedder
 from bge_core.engine.call import Call, progress_bar, run_off_loop
-from bge_core.errors import CheckpointError, ComputationError
+from bge_core.errors import ArgumentError, CheckpointError, ComputationError, EndpointError
 from bge_core.lifecycle import Closeable, ContextManaged, fingerprint_of
 from bge_core.reranker import PairScorer
-from bge_core.servers.http import Endpoint
-from bge_core.servers.protocols import PROTOCOLS, detect_protocol, rerank_probe
+from bge_core.servers.http import Endpoint, StatusError
+from bge_core.servers.protocols import (
+    PROTOCOLS,
+    batch_limit_of,
+    batch_limit_of_info,
+    detect_protocol,
+    is_about_batches,
+    rerank_probe,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,17 +42,26 @@ if TYPE_CHECKING:
     from bge_core.prompts import QueryExample
     from bge_core.servers.protocols import ServerProtocol
 
-__all__ = ["RemoteEmbedder", "RemoteReranker", "ServedModel"]
+__all__ = [
+    "RemoteEmbedder",
+    "RemoteReranker",
+    "ServedModel",
+    "find_served_profile",
+    "served_source",
+]
 
 Item = TypeVar("Item", str, tuple[str, str])
 Part = TypeVar("Part")
-Result = TypeVar("Result")
 Progress = Callable[[int], None] | None
 
 # What text-embeddings-inference takes at a time unless told otherwise, and half of the two
 # megabytes that it takes at most, in characters of four bytes.
 _BATCH = 32
 _BATCH_CHARACTERS = 250_000
+# Ollama's and a registry's way to write a version.
+_TAG = re.compile(r":[^:/]*$")
+_PATH = re.compile(r"[~./]|[A-Za-z]:/|.*\\")
+_LONGEST_NAME = 255
 # Requests of one call that the server has at a time.
 _IN_FLIGHT = 4
 # Items that an event loop puts in order itself: handing them over would take longer.
@@ -65,10 +83,13 @@ class ServedModel(Closeable, Generic[Item]):
 
     Args:
         kind: `"embedder"` or `"reranker"`.
-        model: The published id of the model that is served, or a folder with the same.
+        model: The published id of the model that is served, the server's own name of it, or a
+            folder with the same model.
         endpoint: The server's address.
         api_key: A bearer token.
         timeout: Seconds to wait for one answer; None for 60.
+        served_model_name: What the server calls it; None for `model`.
+        endpoint_batch_size: Texts that one request carries, at most; None for 32.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -76,7 +97,7 @@ class ServedModel(Closeable, Generic[Item]):
         InputTypeError: A value of the wrong type.
     """
 
-    _unpickled_attributes = frozenset({"_checkpoint", "_closed", "_in_flight"})
+    _unpickled_attributes = frozenset({"_batch_size", "_checkpoint", "_closed", "_in_flight"})
 
     def __init__(
         self,
@@ -86,9 +107,17 @@ class ServedModel(Closeable, Generic[Item]):
         endpoint: str,
         api_key: str | None,
         timeout: float | None,
+        served_model_name: str | None,
+        endpoint_batch_size: int | None,
     ) -> None:
         self._kind = kind
-        self._source = Source.of(model)
+        self._source = served_source(model)
+        self._served_name = _checked_name(served_model_name)
+        self._most_items = _BATCH
+        if endpoint_batch_size is not None:
+            self._most_items = arguments.whole_number(
+                "endpoint_batch_size", endpoint_batch_size, unit=" of texts", instead=" or None"
+            )
         self.endpoint = Endpoint(endpoint, api_key=api_key, timeout=timeout)
         self._start()
         if self._source.is_local:
@@ -98,18 +127,20 @@ class ServedModel(Closeable, Generic[Item]):
 
     def _start(self) -> None:
         self._closed = False
+        # What a server was found to take, it takes of everybody who asks through this object.
+        self._batch_size = self._most_items
         self._checkpoint: Checkpoint | None = None
         self._in_flight: set[Future[Any]] = set()
 
     @property
     def model(self) -> str:
-        """The hub id or folder."""
+        """The hub id, the server's name of it, or the folder."""
         return self._source.model
 
     @property
     def profile(self) -> Profile | None:
         """The model's row in the table of published checkpoints."""
-        if profile := find_profile(self.model):
+        if profile := find_served_profile(self.model):
             return profile
         checkpoint = self.checkpoint()
         return checkpoint.profile if checkpoint else None
@@ -117,16 +148,19 @@ class ServedModel(Closeable, Generic[Item]):
     @property
     def served_name(self) -> str:
         """The name that the server knows; a path on this machine is none of its business."""
-        profile = self.profile
+        if self._served_name is not None:
+            return self._served_name
         if not self._source.is_local:
             return self.model
+        profile = self.profile
         return profile.id if profile else Path(self.model).name
 
     @property
     def content(self) -> str:
         """What stands for the weights: what the server has can't be known."""
         checkpoint = self.checkpoint()
-        return checkpoint.digest() if checkpoint else self.model
+        content = checkpoint.digest() if checkpoint else self.model
+        return content if self._served_name is None else f"{content} as {self._served_name}"
 
     def checkpoint(self) -> Checkpoint | None:
         """Read the folder on this machine, where the model is one."""
@@ -187,6 +221,68 @@ class ServedModel(Closeable, Generic[Item]):
             future.cancel()
         return future
 
+    async def _ask_in_batches(
+        self,
+        groups: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        ask: Callable[[Sequence[int]], Awaitable[None]],
+        progress: Progress,
+    ) -> None:
+        """Ask for all items, in requests of the size that the server turns out to take.
+
+        Args:
+            groups: The items' positions; a request has items of one group.
+            texts: What each of all items adds to a request, for its size.
+            ask: Sends one request and keeps what came of it.
+            progress: Is told how many items are done.
+
+        Raises:
+            EndpointError: The server fails, or takes not even one item.
+        """
+        batches = [
+            batch for group in groups for batch in _batches(group, texts, most=self._batch_size)
+        ]
+
+        async def request(batch: Sequence[int]) -> None:
+            if len(batch) <= self._batch_size:
+                try:
+                    await ask(batch)
+                except StatusError as exc:
+                    if not await self._can_ask_for_less(exc, len(batch)):
+                        raise
+                else:
+                    if progress is not None:
+                        progress(len(batch))
+                    return
+            size = self._batch_size  # it may shrink on the way
+            for start in range(0, len(batch), size):
+                await request(batch[start : start + size])
+
+        await _gather_limited(batches, request)
+
+    async def _can_ask_for_less(self, exc: StatusError, size: int) -> bool:
+        """Learn from a refusal how much the server takes at a time; False if that isn't it."""
+        if size == 1:
+            return False
+        if self._batch_size < size:
+            return True  # learnt already
+        limit = batch_limit_of(exc.text)
+        if limit is None and exc.status in (413, 422):
+            limit = await self._limit_of_info()
+            too_much = exc.status == 413 or is_about_batches(exc.text)
+            if too_much and not (limit and limit < size):
+                limit = size // 2
+        if limit is None or not 0 < limit < size:
+            return False
+        self._batch_size = min(self._batch_size, limit)
+        return True
+
+    async def _limit_of_info(self) -> int | None:
+        try:
+            return batch_limit_of_info(await self.endpoint.get("/info"))
+        except EndpointError:
+            return None  # another server, or an older one
+
     def non_finite_error(self, which: str) -> ComputationError:
         """Say that NaN or infinity came out."""
         msg = (
@@ -212,23 +308,21 @@ class _ServedEmbedder(ServedModel[str]):
     async def _rows(self, items: Sequence[str], progress: Progress) -> list[NDArray[np.float32]]:
         # All kinds of servers embed alike.
         protocol = next(iter(PROTOCOLS.values()))
+        rows: dict[int, NDArray[np.float32]] = {}
 
-        async def ask(part: slice) -> NDArray[np.float32]:
-            texts = items[part]
-            body = protocol.embeddings_request(self.served_name, texts)
+        async def ask(batch: Sequence[int]) -> None:
+            texts = [items[position] for position in batch]
             vectors = await self.endpoint.post(
                 protocol.embeddings_path,
-                body,
+                protocol.embeddings_request(self.served_name, texts),
                 read=lambda answer: protocol.read_embeddings(answer, len(texts)),
                 largest=_largest(texts, _VECTOR_BYTES),
             )
             self._check_width(protocol.embeddings_path, vectors.shape[1])
-            if progress is not None:
-                progress(len(texts))
-            return vectors
+            rows.update(zip(batch, vectors, strict=True))
 
-        parts = await _gather_limited(list(_batches(items)), ask)
-        return [row for part in parts for row in part]
+        await self._ask_in_batches([range(len(items))], items, ask, progress)
+        return [rows[position] for position in range(len(items))]
 
     def _check_width(self, path: str, width: int) -> None:
         if self.width is None and width:
@@ -256,29 +350,22 @@ class _ServedReranker(ServedModel[tuple[str, str]]):
         by_query: dict[str, list[int]] = {}
         for position, (query, _) in enumerate(items):
             by_query.setdefault(query, []).append(position)
-        requests = [
-            positions[part]
-            for positions in by_query.values()
-            for part in _batches([items[position][1] for position in positions])
-        ]
+        rows = np.empty((len(items), 1), dtype=np.float32)
 
-        async def ask(positions: list[int]) -> NDArray[np.float32]:
-            passages = [items[position][1] for position in positions]
-            query = items[positions[0]][0]
+        async def ask(batch: Sequence[int]) -> None:
+            query = items[batch[0]][0]
+            passages = [items[position][1] for position in batch]
             logits = await self.endpoint.post(
                 protocol.rerank_path,
                 protocol.rerank_request(self.served_name, query, passages, raw=True),
                 read=lambda answer: protocol.read_scores(answer, len(passages)),
                 largest=_largest([query, *passages], _SCORE_BYTES),
             )
-            if progress is not None:
-                progress(len(passages))
-            return logits
+            rows[batch, 0] = logits
 
-        rows = np.empty((len(items), 1), dtype=np.float32)
-        answers = await _gather_limited(requests, ask)
-        for positions, logits in zip(requests, answers, strict=True):
-            rows[positions, 0] = logits
+        await self._ask_in_batches(
+            list(by_query.values()), [passage for _, passage in items], ask, progress
+        )
         return list(rows)
 
     async def _detect_protocol(self) -> ServerProtocol:
@@ -321,10 +408,15 @@ class RemoteEmbedder(DenseEmbedder, ContextManaged):
 
     Args:
         model: The published id of the model that is served (`"BAAI/bge-small-en-v1.5"`), or a
-            folder on this machine with the same. Infinity knows a model by this name.
+            folder on this machine with the same model. A name that only the server knows
+            (`"bge-small-en-v1.5"`, `"bge-m3:latest"`) is sent as it is, and what is published
+            under it tells the rest.
         endpoint: The server's address (`"http://localhost:8080"`); it answers `/embeddings`.
         api_key: A bearer token; None for a server without one.
-        timeout: Seconds to wait for one answer, 32 texts at most; None for 60.
+        timeout: Seconds to wait for one answer; None for 60. Waiting for a turn doesn't count.
+        served_model_name: The server's name of the model, where it is another than `model`.
+        endpoint_batch_size: Texts that one request carries, at most; None for 32. A
+            smaller limit of the server's is learnt from its first refusal.
         query_instruction: Put in front of queries, never of documents. None for the one that
             the model card gives, `""` for none.
         task_description: A decoder's word for the same, as `Embedder` takes it.
@@ -353,6 +445,8 @@ class RemoteEmbedder(DenseEmbedder, ContextManaged):
         endpoint: str,
         api_key: str | None = None,
         timeout: float | None = None,
+        served_model_name: str | None = None,
+        endpoint_batch_size: int | None = None,
         query_instruction: str | None = None,
         task_description: str | None = None,
         examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
@@ -367,13 +461,18 @@ class RemoteEmbedder(DenseEmbedder, ContextManaged):
             normalize=normalize,
         )
         self._served = _ServedEmbedder(
-            model=model, endpoint=endpoint, api_key=api_key, timeout=timeout
+            model=model,
+            endpoint=endpoint,
+            api_key=api_key,
+            timeout=timeout,
+            served_model_name=served_model_name,
+            endpoint_batch_size=endpoint_batch_size,
         )
         _ = self._template  # making it is the check
 
     @property
     def model(self) -> str:
-        """The hub id or folder."""
+        """The hub id, the server's name of it, or the folder."""
         return self._served.model
 
     @property
@@ -451,10 +550,15 @@ class RemoteReranker(PairScorer, ContextManaged):
 
     Args:
         model: The published id of the model that is served (`"BAAI/bge-reranker-base"`), or a
-            folder on this machine with the same. Infinity knows a model by this name.
+            folder on this machine with the same model. A name that only the server knows
+            (`"bge-small-en-v1.5"`, `"bge-m3:latest"`) is sent as it is, and what is published
+            under it tells the rest.
         endpoint: The server's address (`"http://localhost:8080"`); it answers `/rerank`.
         api_key: A bearer token; None for a server without one.
-        timeout: Seconds to wait for one answer, 32 passages at most; None for 60.
+        timeout: Seconds to wait for one answer; None for 60. Waiting for a turn doesn't count.
+        served_model_name: The server's name of the model, where it is another than `model`.
+        endpoint_batch_size: Passages that one request carries, at most; None for 32. A
+            smaller limit of the server's is learnt from its first refusal.
         normalize: Give the sigmoid of the logit, from 0 to 1; False gives the raw logit.
 
     Raises:
@@ -477,11 +581,18 @@ class RemoteReranker(PairScorer, ContextManaged):
         endpoint: str,
         api_key: str | None = None,
         timeout: float | None = None,
+        served_model_name: str | None = None,
+        endpoint_batch_size: int | None = None,
         normalize: bool = True,
     ) -> None:
         super().__init__(normalize=normalize)
         self._served = _ServedReranker(
-            model=model, endpoint=endpoint, api_key=api_key, timeout=timeout
+            model=model,
+            endpoint=endpoint,
+            api_key=api_key,
+            timeout=timeout,
+            served_model_name=served_model_name,
+            endpoint_batch_size=endpoint_batch_size,
         )
         known = self._served.checkpoint() or self._served.profile
         if known is not None and known.pair_prompt is not None:
@@ -494,7 +605,7 @@ class RemoteReranker(PairScorer, ContextManaged):
 
     @property
     def model(self) -> str:
-        """The hub id or folder."""
+        """The hub id, the server's name of it, or the folder."""
         return self._served.model
 
     @property
@@ -538,27 +649,57 @@ class RemoteReranker(PairScorer, ContextManaged):
         return self._served.non_finite_error(which)
 
 
-def _batches(texts: Sequence[str]) -> Iterator[slice]:
-    """Cut texts into the slices that one request carries."""
+def find_served_profile(name: str) -> Profile | None:
+    """Find what is published under a server's name of a model; a version behind it is no matter."""
+    return find_profile(name) or find_profile(_TAG.sub("", name))
+
+
+def served_source(model: str | os.PathLike[str]) -> Source:
+    """Take a folder or a published id, and any other name that a server may have for a model.
+
+    Raises:
+        CheckpointError: It looks like a folder and is none, or is no name.
+        InputTypeError: It is neither a str nor a path.
+    """
+    named = isinstance(model, str) and model.isprintable() and model.strip() == model != ""
+    if not isinstance(model, str) or not named or _PATH.match(model):
+        return Source.of(model)
+    if len(model) > _LONGEST_NAME:
+        msg = f"model={model[:40]!r}... has {len(model)} characters: no model has such a name."
+        raise CheckpointError(msg)
+    return Source.of(model) if Path(model).is_dir() else Source(model=model)
+
+
+def _checked_name(name: object) -> str | None:
+    if name is None:
+        return None
+    checked = arguments.text("served_model_name", name)
+    if not checked.strip():
+        msg = "served_model_name is empty: pass the name that the server knows, or leave it out."
+        raise ArgumentError(msg)
+    return checked
+
+
+def _batches(
+    positions: Sequence[int], texts: Sequence[str], *, most: int
+) -> Iterator[Sequence[int]]:
+    """Cut positions of texts into what one request carries."""
     start = characters = 0
-    for end, text in enumerate(texts):
-        characters += len(text)
-        if end > start and (end - start == _BATCH or characters > _BATCH_CHARACTERS):
-            yield slice(start, end)
-            start, characters = end, len(text)
-    yield slice(start, len(texts))
+    for end, position in enumerate(positions):
+        characters += len(texts[position])
+        if end > start and (end - start == most or characters > _BATCH_CHARACTERS):
+            yield positions[start:end]
+            start, characters = end, len(texts[position])
+    yield positions[start:]
 
 
-async def _gather_limited(
-    parts: Sequence[Part], ask: Callable[[Part], Awaitable[Result]]
-) -> list[Result]:
-    """Ask for all parts, a few at a time; the first failure stops the rest."""
-    results: dict[int, Result] = {}
-    waiting = iter(enumerate(parts))
+async def _gather_limited(parts: Sequence[Part], work: Callable[[Part], Awaitable[None]]) -> None:
+    """Work on all parts, a few at a time; the first failure stops the rest."""
+    waiting = iter(parts)
 
     async def turn() -> None:
-        for position, part in waiting:
-            results[position] = await ask(part)
+        for part in waiting:
+            await work(part)
 
     turns = [asyncio.ensure_future(turn()) for _ in range(min(_IN_FLIGHT, len(parts)))]
     try:
@@ -566,7 +707,6 @@ async def _gather_limited(
     finally:
         for task in turns:
             task.cancel()
-    return [results[position] for position in range(len(parts))]
 
 
 def _largest(texts: Sequence[str], each: int) -> int:

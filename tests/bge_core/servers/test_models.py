@@ -29,7 +29,7 @@ from bge_core import (
     make_reranker,
     make_scorer,
 )
-from tests.servers import answer, drip, drop, free_port
+from tests.servers import answer, drip, drop, free_port, infinity_refusal, tei_refusal
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
@@ -540,7 +540,20 @@ def test_the_token_goes_to_the_server_and_nowhere_else(server, caplog):
         ({"timeout": float("nan")}, ArgumentError, "above 0"),
         ({"timeout": "60"}, InputTypeError, "number of seconds"),
         ({"model": "BAAI/bge-reranker-base"}, CheckpointError, "is a reranker"),
-        ({"model": "bge-m3"}, CheckpointError, "did you mean 'BAAI/bge-m3'"),
+        ({"model": "./bge-m3"}, CheckpointError, "no folder on this machine"),
+        ({"model": "~/bge-m3"}, CheckpointError, "no folder on this machine"),
+        ({"model": "C:\\\\bge-m3"}, CheckpointError, "no folder on this machine"),
+        ({"model": ""}, CheckpointError, "no folder on this machine"),
+        ({"model": "models\\bge-m3"}, CheckpointError, "no folder on this machine"),
+        ({"model": "bge\nm3"}, CheckpointError, "no folder on this machine"),
+        ({"model": "x" * 5000}, CheckpointError, "has 5000 characters"),
+        ({"model": 7}, InputTypeError, "got int"),
+        ({"model": "bge-reranker-v2-m3"}, CheckpointError, "is a reranker"),
+        ({"served_model_name": " "}, ArgumentError, "served_model_name is empty"),
+        ({"served_model_name": 7}, InputTypeError, "served_model_name must be a str"),
+        ({"endpoint_batch_size": 0}, ArgumentError, "endpoint_batch_size must be 1 or more"),
+        ({"endpoint_batch_size": 8.0}, InputTypeError, "a whole number of texts or None"),
+        ({"endpoint_batch_size": True}, InputTypeError, "a whole number of texts or None"),
         ({"task": "qa"}, ArgumentError, "is for BAAI/llm-embedder only"),
         ({"query_instruction": 1}, InputTypeError, "query_instruction must be a str"),
     ],
@@ -628,6 +641,147 @@ def test_a_fingerprint_says_what_is_known(en_folder, copy_of):
         len({of(), of(query_instruction="q: "), of(normalize=False), of("BAAI/bge-small-en")}) == 4
     )
     assert of(en_folder) == of(copy_of(en_folder)) != make_embedder(en_folder).fingerprint
+
+
+# The server's names and limits.
+
+
+@pytest.mark.parametrize(
+    ("model", "query"),
+    [
+        ("bge-m3", "x"),
+        ("bge-m3:latest", "x"),
+        ("BGE-M3:567m", "x"),
+        ("bge-large-zh-v1.5", "为这个句子生成表示以用于检索相关文章：x"),
+        ("bge-small-en-v1.5:f16", f"{INSTRUCTION}x"),
+        ("mirror/acme/bge-small-en-v1.5", f"{INSTRUCTION}x"),
+        ("my encoder (v2)", "x"),
+    ],
+)
+async def test_a_server_s_own_name_is_sent_as_it_is(call, server, model, query):
+    server.names = {model}
+    embedder = RemoteEmbedder(model, endpoint=server.address)
+    server.embed = lambda texts: np.ones((len(texts), embedder._served.width or 7))
+    await call(embedder, "embed_queries", ["x"])
+    assert server.asked[0][1]["input"] == [query]
+    made = make_embedder(model, endpoint=server.address)
+    assert (made.fingerprint, made.model) == (embedder.fingerprint, model)
+    pickle.loads(pickle.dumps(made)).embed_queries(["x"])
+
+
+@pytest.mark.parametrize("model", ["bge-reranker-v2-m3", "bge-reranker-base:latest", "ranker"])
+async def test_a_reranker_s_own_name_is_sent_as_it_is(call, server, model):
+    server.names = {model}
+    for make in (RemoteReranker, make_reranker, make_scorer):
+        ranked = await call(make(model, endpoint=server.address), "rank", "q", ["p", "pp"])
+        assert [index for index, _ in ranked] == [1, 0]
+
+
+@pytest.mark.parametrize("model", ["BAAI/bge-m3", "bge-m3"])
+def test_a_served_model_name_goes_before_the_id(server, model):
+    server.names = {"m3-fp8 @ eu"}
+    options = {"endpoint": server.address, "served_model_name": "m3-fp8 @ eu"}
+    embedder = make_embedder(model, **options)
+    server.embed = lambda texts: np.ones((len(texts), 1024))
+    assert embedder.embed_queries(["x"]).shape == (1, 1024)
+    assert embedder.fingerprint != make_embedder(model, endpoint=server.address).fingerprint
+    reranker = make_reranker("BAAI/bge-reranker-base", **options)
+    assert pickle.loads(pickle.dumps(reranker)).rank("q", ["p"]) == reranker.rank("q", ["p"])
+    with pytest.raises(EndpointError, match=r"404 Not Found.*does not exist.*served_model_name="):
+        RemoteEmbedder(model, endpoint=server.address).embed_queries(["x"])
+
+
+def test_without_a_server_a_bare_name_is_no_id(server):
+    for make, name in ((make_embedder, "bge-m3"), (make_scorer, "bge-reranker-v2-m3")):
+        with pytest.raises(CheckpointError, match=f"did you mean 'BAAI/{name}'"):
+            make(name)
+        for argument in ({"served_model_name": "x"}, {"endpoint_batch_size": 4}):
+            with pytest.raises(ArgumentError, match=f"^{next(iter(argument))} is for a server"):
+                make(f"BAAI/{name}", **argument)
+    for name in ("bge-m3", "bge-m3:latest"):
+        with pytest.raises(ArgumentError, match="three scores that no server"):
+            make_scorer(name, endpoint=server.address)
+
+
+def named(status, text):
+    return lambda given, limit: (status, text.format(given=given, limit=limit).encode())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "info", "sizes"),
+    [
+        (tei_refusal, None, [32, 8]),
+        (lambda given, limit: (422, tei_refusal(given, limit)[1]), None, [32, 8]),
+        (
+            lambda given, limit: (422, {"message": tei_refusal(given, limit)[1]["error"]}),
+            None,
+            [32, 8],
+        ),
+        (infinity_refusal, None, [32, 8]),
+        (named(413, "Payload too large"), {"max_client_batch_size": 8}, [32, 8]),
+        (named(422, "no"), {"max_client_batch_size": 8}, [32, 8]),
+        (named(413, "<h1>413 Request Entity Too Large</h1>"), None, [32, 16, 8]),
+        (named(422, "batch is too large"), {"max_client_batch_size": "8"}, [32, 16, 8]),
+        (named(413, ""), {"max_client_batch_size": 10**6}, [32, 16, 8]),
+    ],
+)
+async def test_a_smaller_batch_limit_is_learnt_once(call, server, refusal, info, sizes):
+    server.batch_limit, server.refusal, server.info = 8, refusal, info
+    texts = [f"{number:02}" for number in range(32)]
+    server.embed = lambda asked: [[1.0, float(text)] for text in asked]
+    embedder = plain(server, normalize=False)
+    for _ in range(2):
+        vectors = await call(embedder, "embed_documents", texts)
+        assert vectors[:, 1].tolist() == list(map(float, range(32)))
+    refused = [len(body["input"]) for _, body in server.asked if len(body["input"]) > 8]
+    assert refused == sizes[:-1] or set(refused) == set(sizes[:-1])
+    assert sum(len(body["input"]) == 8 for _, body in server.asked) == 8
+    assert refused.count(32) == 1
+    server.asked.clear()
+    reranker = RemoteReranker("BAAI/bge-reranker-base", endpoint=server.address, normalize=False)
+    server.logits = lambda pairs: [float(f"0{passage.strip('b')}") for _, passage in pairs]
+    scores = await call(reranker, "score", "q", texts)
+    assert scores.tolist() == list(map(float, range(32)))
+
+
+def test_a_limit_is_learnt_by_all_requests_on_their_way(server):
+    server.batch_limit = 5
+    server.embed = lambda asked: [[1.0, float(text)] for text in asked]
+    texts = [str(number) for number in range(200)]
+    vectors = plain(server, normalize=False).embed_documents(texts)
+    assert vectors[:, 1].tolist() == list(map(float, range(200)))
+    assert sum(len(body["input"]) > 5 for _, body in server.asked) <= 4
+
+
+@pytest.mark.parametrize("limit", [0, 32, 64])
+def test_a_limit_that_is_none_is_no_reason_to_go_on(server, limit):
+    message = {"error": f"batch size 32 > maximum allowed batch size {limit}"}
+    server.batch_limit, server.refusal = 8, lambda given, most: (422, message)
+    with pytest.raises(EndpointError, match=r"422 .*endpoint_batch_size="):
+        plain(server).embed_documents([str(number) for number in range(32)])
+    assert len(server.asked) == 1
+
+
+def test_what_is_wrong_with_a_text_is_not_met_with_less_of_it(server):
+    server.faults = [answer(422, {"error": "inputs must have less than 512 tokens. Given: 900"})]
+    with pytest.raises(EndpointError, match="less than 512 tokens"):
+        plain(server).embed_documents([str(number) for number in range(32)])
+    assert len(server.asked) == 1
+
+
+def test_endpoint_batch_size_is_kept_to(server):
+    server.batch_limit = 3
+    texts = [str(number) for number in range(10)]
+    plain(server, endpoint_batch_size=3).embed_documents(texts)
+    assert sorted(len(body["input"]) for _, body in server.asked) == [1, 3, 3, 3]
+    server.asked.clear()
+    reranker = make_scorer("BAAI/bge-reranker-base", endpoint=server.address, endpoint_batch_size=3)
+    pickle.loads(pickle.dumps(reranker)).rank("q", texts)
+    assert [len(body["texts"]) for _, body in server.asked[2:]] == [3, 3, 3, 1]
+    server.reset()
+    server.batch_limit = 100
+    plain(server, endpoint_batch_size=64).embed_documents([str(number) for number in range(100)])
+    assert sorted(len(body["input"]) for _, body in server.asked) == [36, 64]
 
 
 def test_an_empty_vector_is_refused_and_forgotten(server):
