@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What old packages say of each other, and newer ones don't.
 OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base
-CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training
+CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training docs
 
 .DEFAULT_GOAL := help
 .PHONY: help demo evaluate test test-server test-lowest lint format bench soak clean
@@ -36,9 +36,10 @@ lint: $(VENV)/.dev  ## Check style, imports, types and spelling
 	$(BIN)/typos
 	$(BIN)/mypy
 
-format: $(VENV)/.dev  ## Mend style where a tool can
+format: $(VENV)/.dev  ## Mend style where a tool can, and draw docs/imports.svg anew
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+	$(BIN)/python docs/draw_imports.py
 
 bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for the README)
 	$(BIN)/python benchmarks/speed.py $(ARGS)

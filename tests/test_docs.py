@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Callable
@@ -20,14 +21,14 @@ from bge_core import doctor
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 MODULES = (
     "bge_core.checkpoints.catalog",
     "bge_core.embedder",
     "bge_core.prompts",
     "bge_core.m3",
     "bge_core.mteb",
-    "bge_core.ray",
+    "bge_core.scale.steps",
     "bge_core.servers.models",
     "bge_core.reranker",
     "bge_core.factory",
@@ -90,6 +91,21 @@ def test_the_readme_s_commands_for_a_report_run(capsys: pytest.CaptureFixture[st
     for command in commands:
         code = doctor.main(shlex.split(command))
         assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted(ROOT.glob("[A-Z]*.md"))], ids=lambda page: page.name
+)
+def test_a_page_s_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_picture_of_the_imports_is_drawn_from_them() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_imports.py"))["draw"]
+    picture = (ROOT / "docs" / "imports.svg").read_text(encoding="utf-8")
+    assert picture == draw(), "run python docs/draw_imports.py"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -124,7 +124,7 @@ def identity(rows: Tensor) -> Tensor:
 def default_budget(config: Any, device: torch.device, dtype: str) -> int:
     """Compute the tokens that a batch may have on a device."""
     if device.type == "cpu":
-        # A small working set: activations stay in the cache (docs/architecture.md).
+        # A small working set: activations stay in the cache (docs/decisions/16).
         return 2048
     if device.type != "cuda":
         return 8192

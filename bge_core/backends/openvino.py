@@ -1,7 +1,7 @@
 """What executes a pack on a CPU with OpenVINO: padded batches through a converted model.
 
 One short query is bound by streaming the weights from memory, and OpenVINO's kernels do that
-about twice as fast as torch's; in bulk the two are level (docs/architecture.md).
+about twice as fast as torch's; in bulk the two are level (docs/decisions/18).
 """
 
 from __future__ import annotations
