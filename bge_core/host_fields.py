@@ -1,21 +1,430 @@
-"""What the hosts' adapters say about their fields: unknown, refused and fixed arguments."""
+"""The fields that every host's adapter has, as pydantic models: which model, and where it runs.
+
+Only adapters import this module: the core itself needs no pydantic.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+import inspect
+import logging
+import os
+import textwrap
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+)
 
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+
+from bge_core.checkpoints.catalog import register, registered_profiles
 from bge_core.errors import ArgumentError, InputTypeError
+from bge_core.lifecycle import ContextManaged
+from bge_core.m3 import M3Weights
+from bge_core.prompts import QueryExample
 
-__all__ = ["check_argument_names", "frozen_field_error", "validation_error"]
+__all__ = [
+    "Examples",
+    "LocalModelFields",
+    "ModelName",
+    "ServedModelFields",
+    "Weights",
+    "with_profiles",
+    "without_profiles",
+]
+
+
+logger = logging.getLogger(__name__)
+
+_PROFILES = "registered_profiles"
+
+
+def _plain(value: object) -> object:
+    """Give the name of a torch dtype or device; torch itself is not imported."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if type(value).__module__.partition(".")[0] == "torch":
+        return str(value).removeprefix("torch.")
+    return value
+
+
+def _absolute(value: object) -> object:
+    # A relative path could be read as a hub id.
+    return os.path.abspath(value) if isinstance(value, os.PathLike) else value  # noqa: PTH100
+
+
+def _path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+# What type checkers let through is what the constructor takes; what a field then holds is narrower.
+if TYPE_CHECKING:
+    import torch
+
+    Device = str | torch.device | list[str]
+    DType = str | torch.dtype
+    Folder = str | os.PathLike[str]
+    ModelName = str | os.PathLike[str]
+    Secret = str | SecretStr
+    Examples = Iterable[QueryExample | Mapping[str, str]]
+    Weights = M3Weights | Mapping[str, float]
+else:
+    Device = Annotated[str | list[str], BeforeValidator(_plain)]
+    DType = Annotated[str, BeforeValidator(_plain)]
+    Folder = Annotated[str, BeforeValidator(_path)]
+    ModelName = Annotated[str, BeforeValidator(_absolute)]
+    Secret = SecretStr
+    Examples = tuple[QueryExample, ...]
+    Weights = M3Weights
+
+
+class LocalModelFields(BaseModel, ContextManaged):
+    """A checkpoint on this machine, as fields; each adapter adds what is its own.
+
+    The model behind the fields is made at construction, which checks them and loads no weights.
+    The fields that it is made of are frozen, so that an adapter never claims what its model
+    doesn't do. Copies and pickles carry the fields only; equal fields are equal adapters.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        # What stands under a field is its description for schemas and editors.
+        use_attribute_docstrings=True,
+        # `model_name` is the hosts' own word.
+        protected_namespaces=(),
+        validate_assignment=True,
+        # A wrong argument's message must not show the token beside it.
+        hide_input_in_errors=True,
+    )
+
+    device: Device | None = Field(default=None, frozen=True)
+    """`"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or a list of them; None for the best one."""
+
+    dtype: DType = Field(default="auto", frozen=True)
+    """`"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`, `"float16"` or
+    `"bfloat16"`."""
+
+    use_fp16: bool | None = Field(default=None, frozen=True)
+    """FlagEmbedding's word for float16 (True) or float32 (False); None leaves it to `dtype`."""
+
+    max_length: int | None = Field(default=None, frozen=True)
+    """Tokens that are read of a text, special ones included; None for the checkpoint's limit."""
+
+    batch_tokens: int | None = Field(default=None, frozen=True)
+    """Tokens computed in one pass; None for the device's default."""
+
+    on_truncation: Literal["ignore", "warn", "error"] = Field(default="warn", frozen=True)
+    """What happens when a text is longer: `"warn"` logs one line a call, `"error"` refuses."""
+
+    backend: Literal["torch", "openvino", "auto"] = Field(default="torch", frozen=True)
+    """What executes the model: `"openvino"` is faster for single queries on a CPU (extra
+    `[openvino]`); `"auto"` uses it for an embedder's queries, where it is installed, and torch for
+    all else."""
+
+    cache_folder: Folder | None = Field(default=None, frozen=True)
+    """The hub's cache; None for the usual one."""
+
+    revision: str | None = Field(default=None, frozen=True)
+    """Branch, tag or commit on the hub."""
+
+    local_files_only: bool = Field(default=False, frozen=True)
+    """Never go to the network."""
+
+    trust_remote_code: bool = Field(default=False, frozen=True)
+    """Run Python code that the checkpoint carries; off for good reason."""
+
+    token: Secret | None = Field(default=None, frozen=True, exclude=True, repr=False)
+    """A hub token for private models; never shown, and never part of a dump."""
+
+    _made: Any = PrivateAttr(default=None)
+    _model_field: ClassVar[str] = "model"
+    _renamed_arguments: ClassVar[Mapping[str, str]] = {}
+    # Of no say in what an adapter is: written as other fields, or a service of the host.
+    _not_compared: ClassVar[frozenset[str]] = frozenset()
+
+    if TYPE_CHECKING:
+        _core: Any = PrivateAttr()
+    else:  # type checkers know the arguments from the fields
+
+        def __new__(cls, *given: Any, **_: Any) -> Self:
+            """Refuse what was given without its name."""
+            refuse_positional(cls.__name__, given, first=cls._model_field)
+            return super().__new__(cls)
+
+        def __init__(self, **arguments: Any) -> None:
+            # What pydantic's validators raise it wraps in a report of several lines. What is
+            # raised around it reaches the user as it is: one sentence, and a BGEError.
+            owner = type(self)
+            known = {*owner.model_fields, "model", "model_name"}
+            arguments = check_argument_names(
+                owner.__name__, arguments, known=known, renamed=owner._renamed_arguments
+            )
+            arguments = owner._normalize_arguments(owner._with_one_model(arguments))
+            try:
+                super().__init__(**arguments)
+            except ValidationError as exc:
+                raise validation_error(owner.__name__, exc.errors(include_url=False)) from None
+            self._core  # noqa: B018 - making the model is the check
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set a field, unless the model behind it was made with the old value."""
+            owner = type(self)
+            field = owner.model_fields.get(name)
+            if field is not None and field.frozen:
+                raise frozen_field_error(owner.__name__, name)
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as exc:
+                raise validation_error(owner.__name__, exc.errors(include_url=False)) from None
+
+        @property
+        def _core(self) -> Any:
+            """The model that the fields describe, made once."""
+            if self._made is None:
+                self._made = self._make_core()
+            return self._made
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Describe the constructor for `help()`: a short signature, a sentence an argument."""
+        super().__pydantic_init_subclass__(**options)
+        if cls._model_field in cls.model_fields:
+            cls.__signature__ = _signature(cls)
+            own = inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__)
+            text, raises, rest = own.partition("Raises:\n")
+            cls.__doc__ = f"{text.rstrip()}\n\n{_arguments_section(cls)}\n\n{raises}{rest}"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the numbers.
+
+        For the namespaces of caches. The weights count; the folder's place and batch sizes don't,
+        the device only through its dtype.
+        """
+        return str(self._core.fingerprint)
+
+    def close(self) -> None:
+        """Let go of the model; the weights are freed when nobody else holds them."""
+        self._core.close()
+
+    def model_copy(
+        self,
+        *,
+        update: Mapping[str, Any] | None = None,
+        deep: bool = False,  # noqa: ARG002 -- pydantic's signature
+    ) -> Self:
+        """Make another adapter of the same fields, with `update` applied and checked.
+
+        Args:
+            update: Arguments to give anew, as to the constructor.
+            deep: Of no effect: fields are plain values or services that are shared, and so are
+                weights.
+
+        Raises:
+            ArgumentError: A value that can't be served.
+        """
+        changed = self._with_one_model(update or {})
+        return type(self)(**{**self._copied_fields(), **changed})
+
+    def __copy__(self) -> Self:
+        """Make another adapter of the same fields."""
+        return self.model_copy()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Make another adapter of the same fields."""
+        return self.model_copy()
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both are of one class and one configuration."""
+        if not isinstance(other, LocalModelFields) or type(other) is not type(self):
+            return NotImplemented
+        return self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        """Hash what can't be changed, so that the hash stays while the object lives."""
+        frozen = ((name, value) for name, value in self._compared().items() if self._fixed(name))
+        return hash((type(self), *((name, repr(value)) for name, value in frozen)))
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Give the fields: never the model, which is made anew at first use."""
+        return with_profiles({**super().__getstate__(), "__pydantic_private__": {"_made": None}})
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Take fields; the model is made at first use."""
+        super().__setstate__(without_profiles(state))
+
+    @classmethod
+    def _with_one_model(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the model under the field's name: `model` and `model_name` are one argument."""
+        here = cls._model_field
+        other = "model_name" if here == "model" else "model"
+        if here in arguments and other in arguments:
+            msg = "model and model_name are one argument with two names: pass one of them."
+            raise ArgumentError(msg)
+        return {here if name == other else name: value for name, value in arguments.items()}
+
+    @classmethod
+    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Rewrite what was given in other words than the fields', or refuse it in a sentence."""
+        made: dict[str, Callable[[Any], Any]] = {
+            "examples": QueryExample.all_of,
+            "m3_weights": M3Weights.of,
+        }
+        return {
+            name: made[name](value) if name in made and value is not None else value
+            for name, value in arguments.items()
+        }
+
+    @abstractmethod
+    def _make_core(self) -> Any:
+        """Make the model that the fields describe."""
+
+    def _options(self) -> dict[str, Any]:
+        """Give the fields of this class as the core's keywords."""
+        return {name: _revealed(getattr(self, name)) for name in LocalModelFields.model_fields}
+
+    def _copied_fields(self) -> dict[str, Any]:
+        """Give what a copy is made of."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def _compared(self) -> dict[str, Any]:
+        """Give what makes two adapters equal."""
+        names = (name for name in type(self).model_fields if name not in self._not_compared)
+        return {name: getattr(self, name) for name in names}
+
+    def _fixed(self, name: str) -> bool:
+        return bool(type(self).model_fields[name].frozen)
+
+
+class ServedModelFields(LocalModelFields):
+    """A checkpoint on this machine, or on a server that runs already."""
+
+    endpoint: str | None = Field(default=None, frozen=True)
+    """The address of a text-embeddings-inference or Infinity server that runs the model; None for
+    this machine. What says how a model is loaded and run is the server's then, and refused."""
+
+    api_key: Secret | None = Field(default=None, frozen=True, exclude=True, repr=False)
+    """The server's token; never shown, and never part of a dump."""
+
+    timeout: float | None = Field(default=None, frozen=True)
+    """Seconds to wait for one answer of the server; None for 60."""
+
+    long_passages: Literal["truncate", "window"] = Field(default="truncate", frozen=True)
+    """What happens with a document that doesn't fit: `"truncate"` reads its beginning; `"window"`
+    reads all of it in overlapping windows, whose vectors' mean is its vector, and the best of
+    whose scores is its score. Queries are cut in any case, and a server cuts as it does."""
+
+    def _options(self) -> dict[str, Any]:
+        return {name: _revealed(getattr(self, name)) for name in ServedModelFields.model_fields}
+
+
+def with_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Add the registered rows to a pickle's state: without them a model is another elsewhere."""
+    return {**state, _PROFILES: registered_profiles()}
+
+
+def without_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Register a state's rows, and give the rest of it; a row in doubt is a warning."""
+    for row in state.get(_PROFILES, ()):
+        try:
+            register(row)
+        except ArgumentError as exc:
+            logger.warning("%s", exc)
+    return {name: value for name, value in state.items() if name != _PROFILES}
+
+
+def _revealed(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def _signature(owner: type[LocalModelFields]) -> inspect.Signature:
+    """Give the constructor's arguments with their types in plain words, as `help()` shows them."""
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_default_text(field),
+                annotation=_Text(_type_text(field.annotation)),
+            )
+            for name, field in _ordered(owner)
+        ]
+    )
+
+
+def _ordered(owner: type[LocalModelFields]) -> list[tuple[str, FieldInfo]]:
+    """Give the fields as a reader wants them: the model, what is the class's own, what all have."""
+    shared = ServedModelFields.model_fields
+    return sorted(
+        owner.model_fields.items(),
+        key=lambda item: (item[0] != owner._model_field, item[0] in shared),
+    )
+
+
+def _default_text(field: FieldInfo) -> Any:
+    if field.is_required():
+        return inspect.Parameter.empty
+    return _Text("...") if field.default_factory else field.default
+
+
+class _Text(str):
+    """What a signature shows without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+_PLAIN_NAMES = {NoneType: "None", Ellipsis: "...", SecretStr: "str | SecretStr"}
+
+
+def _type_text(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_text, parts))
+    if annotation in _PLAIN_NAMES:
+        return _PLAIN_NAMES[annotation]
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    return f"{name}[{', '.join(map(_type_text, parts))}]" if parts else name
+
+
+def _arguments_section(owner: type[LocalModelFields]) -> str:
+    lines = ["Args:"]
+    for name, field in _ordered(owner):
+        sentence = field.description or "As in all of the host's classes."
+        said = f"{name}: {' '.join(sentence.split())}"
+        lines.append(textwrap.fill(said, 96, initial_indent=" " * 4, subsequent_indent=" " * 8))
+    return "\n".join(lines)
+
 
 # A wrong value of these is not shown: it may be a secret, or hold one.
 _SECRET = ("api_key", "encode_kwargs", "endpoint", "model_kwargs", "token")
 
 
 def check_argument_names(
-    owner: str, arguments: Mapping[str, Any], *, known: Collection[str], moved: Mapping[str, str]
+    owner: str, arguments: Mapping[str, Any], *, known: Collection[str], renamed: Mapping[str, str]
 ) -> dict[str, Any]:
     """Give the arguments that a class has; another class's defaults, spelt out, are no matter.
 
@@ -23,17 +432,17 @@ def check_argument_names(
         owner: The class's name.
         arguments: What was given.
         known: The arguments that it has.
-        moved: Other libraries' arguments -> what to write here.
+        renamed: Other libraries' arguments -> what to write here.
 
     Raises:
         ArgumentError: One is unknown; says what to write instead.
     """
     for name, value in arguments.items():
-        if name in known or (name in moved and not value):
+        if name in known or (name in renamed and not value):
             continue
         close = difflib.get_close_matches(name, sorted(known), n=1)
-        if name in moved:
-            hint = f"{moved[name]}."
+        if name in renamed:
+            hint = f"{renamed[name]}."
         elif close:
             hint = f"did you mean {close[0]!r}?"
         else:

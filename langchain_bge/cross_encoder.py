@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
@@ -41,7 +41,8 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
     """`device`, `max_length` and the like, as `HuggingFaceCrossEncoder` takes them; they become
     the arguments of the same meaning."""
 
-    _core: PairScorer = PrivateAttr()
+    if TYPE_CHECKING:
+        _core: PairScorer = PrivateAttr()
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Score (query, passage) pairs, each for itself.
@@ -64,4 +65,4 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
         return fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=keys)
 
     def _make_core(self) -> PairScorer:
-        return make_reranker(self.model, normalize=self.normalize, **self._shared())
+        return make_reranker(self.model, normalize=self.normalize, **self._options())

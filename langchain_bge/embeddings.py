@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, QueryExample, arguments, make_embedder
+from bge_core import ArgumentError, arguments, make_embedder
 from bge_core.embedder import DenseEmbedder
+from bge_core.host_fields import Examples
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BGEEmbeddings"]
 
-_MOVED = {
+_RENAMED = {
     "batch_size": "batches are sized in tokens: write batch_tokens=..., or leave it out",
     "client": "the model is loaded from its name: write model='...'",
     "document_instruction": "documents are embedded as they are: leave it out",
@@ -60,7 +61,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     """A decoder's word for `query_instruction`: what its queries are and what is to be found for
     them, in a sentence."""
 
-    examples: tuple[QueryExample, ...] | None = Field(default=None, frozen=True)
+    examples: Examples | None = Field(default=None, frozen=True)
     """Queries and their answers that bge-en-icl sees in front of each query: `QueryExample`, or
     dicts of `query`, `response` and, where it is another, `instruct`."""
 
@@ -91,8 +92,9 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     """`normalize_embeddings`, `show_progress_bar`; `batch_size` is accepted and has no effect,
     since batches are sized in tokens (`batch_tokens`)."""
 
-    _core: DenseEmbedder = PrivateAttr()
-    _renamed_arguments: ClassVar[Mapping[str, str]] = _MOVED
+    _renamed_arguments: ClassVar[Mapping[str, str]] = _RENAMED
+    if TYPE_CHECKING:
+        _core: DenseEmbedder = PrivateAttr()
 
     @property
     def dimension(self) -> int:
@@ -143,10 +145,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     @classmethod
     def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         folded = fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=MODEL_KEYS)
-        folded = fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
-        if folded.get("examples") is None:
-            return folded
-        return {**folded, "examples": QueryExample.all_of(folded["examples"])}
+        return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
 
     def _make_core(self) -> DenseEmbedder:
         if self.embed_instruction:
@@ -164,7 +163,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
             task=self.task,
             pooling=self.pooling,
             normalize=self.normalize_embeddings,
-            **self._shared(),
+            **self._options(),
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import EllipsisType
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field, PrivateAttr
 
-from bge_core import InputTypeError, M3Weights, Ranked, Scorer, make_scorer
+from bge_core import InputTypeError, Ranked, Scorer, make_scorer
+from bge_core.host_fields import Weights
 from langchain_bge._fields import ServedModelFields
 
 __all__ = ["BGEReranker", "RerankResult"]
@@ -57,11 +58,12 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
     """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
     effect with bge-m3, whose scores are about 0 to 1 in any case."""
 
-    m3_weights: M3Weights | None = Field(default=None, frozen=True)
+    m3_weights: Weights | None = Field(default=None, frozen=True)
     """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
     or a dict of these names; None for just these, and for a reranker."""
 
-    _core: Scorer = PrivateAttr()
+    if TYPE_CHECKING:
+        _core: Scorer = PrivateAttr()
 
     def compress_documents(
         self,
@@ -144,16 +146,9 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         )
         return _results(ranked)
 
-    @classmethod
-    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        arguments = super()._normalize_arguments(arguments)
-        if arguments.get("m3_weights") is None:
-            return arguments
-        return {**arguments, "m3_weights": M3Weights.of(arguments["m3_weights"])}
-
     def _make_core(self) -> Scorer:
         core = make_scorer(
-            self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._shared()
+            self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
         )
         core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
         return core

@@ -48,7 +48,8 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
     show_progress: bool = False
     """Show a progress bar while documents are embedded."""
 
-    _core: M3Embedder = PrivateAttr()
+    if TYPE_CHECKING:
+        _core: M3Embedder = PrivateAttr()
 
     def embed_documents(self, texts: list[str]) -> list[SparseVector]:
         """Weigh the tokens of documents.
@@ -87,7 +88,7 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         return _vectors(await self._core.aencode([text], dense=False, priority="interactive"))[0]
 
     def _make_core(self) -> M3Embedder:
-        core = M3Embedder(self.model, share_outputs=True, **self._shared())
+        core = M3Embedder(self.model, share_outputs=True, **self._options())
         core.require("sparse")
         return core
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llama_index.core.base.embeddings.base import Embedding
-from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 
-from bge_core import BGEError, QueryExample, make_embedder
+from bge_core import BGEError, make_embedder
 from bge_core.embedder import DenseEmbedder
 from bge_core.engine.call import run_off_loop
-from llamaindex_bge._component import ModelName, ServedModelComponent
+from bge_core.host_fields import Examples
+from llamaindex_bge._component import EmbeddingComponent, ServedModelComponent
 from llamaindex_bge._queries import BatchedQueries
 
 if TYPE_CHECKING:
@@ -21,11 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["BGEEmbedding"]
 
 
-def _examples(value: Any) -> Any:
-    return None if value is None else QueryExample.all_of(value)
-
-
-class BGEEmbedding(ServedModelComponent, BatchedQueries):
+class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
     """BGE embeddings, or those of any other model that sentence-transformers can save.
 
     Queries get the checkpoint's instruction, documents none (llm-embedder's tasks and a
@@ -52,54 +49,34 @@ class BGEEmbedding(ServedModelComponent, BatchedQueries):
         True
     """
 
-    model_name: ModelName = Field(frozen=True, description="A hub id or a folder.")
-    query_instruction: str | None = Field(
-        default=None,
-        frozen=True,
-        description="Put in front of queries; None for the model card's own, '' for none.",
-    )
-    task_description: str | None = Field(
-        default=None,
-        frozen=True,
-        description=(
-            "A decoder's word for query_instruction: in a sentence, what its queries are and what "
-            "is to be found for them, without the frame that the model was trained with."
-        ),
-    )
-    examples: Annotated[tuple[QueryExample, ...] | None, BeforeValidator(_examples)] = Field(
-        default=None,
-        frozen=True,
-        description=(
-            "Queries and their answers that bge-en-icl sees in front of each query: QueryExample, "
-            "or dicts of query, response and, where it is another, instruct."
-        ),
-    )
-    task: str | None = Field(
-        default=None,
-        frozen=True,
-        description="llm-embedder's task: qa, icl, chat, lrlm, tool or convsearch.",
-    )
-    pooling: str | None = Field(
-        default=None,
-        frozen=True,
-        description="'cls', 'mean' or 'last'; None for what the checkpoint says.",
-    )
-    normalize: bool = Field(default=True, frozen=True, description="Scale vectors to unit length.")
-    embed_batch_size: int = Field(
-        default=2048,
-        gt=0,
-        le=2048,
-        description=(
-            "Texts that the host hands over at a time, its maximum by default: they are sorted "
-            "by length and packed to batch_tokens, and that is what bounds the memory."
-        ),
-    )
-    # A living object has no place in a configuration: the host would put its address there.
-    embeddings_cache: Any | None = Field(
-        default=None, exclude=True, description="A key-value store for vectors, or None."
-    )
+    query_instruction: str | None = Field(default=None, frozen=True)
+    """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
+    decoder it is the task alone, which goes into the frame that the model was trained with."""
 
-    _embedder: DenseEmbedder | None = PrivateAttr(default=None)
+    task_description: str | None = Field(default=None, frozen=True)
+    """A decoder's word for `query_instruction`: what its queries are and what is to be found for
+    them, in a sentence."""
+
+    examples: Examples | None = Field(default=None, frozen=True)
+    """Queries and their answers that bge-en-icl sees in front of each query: `QueryExample`, or
+    dicts of `query`, `response` and, where it is another, `instruct`."""
+
+    task: str | None = Field(default=None, frozen=True)
+    """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
+
+    pooling: str | None = Field(default=None, frozen=True)
+    """`"cls"`, `"mean"` or `"last"`: which rows make the vector; None for what the checkpoint
+    says."""
+
+    normalize: bool = Field(default=True, frozen=True)
+    """Scale vectors to unit length; False gives the pooled vector as it is."""
+
+    # A living object has no place in a configuration: the host would put its address there.
+    embeddings_cache: Any | None = Field(default=None, exclude=True)
+    """A key-value store for vectors, or None."""
+
+    if TYPE_CHECKING:
+        _core: DenseEmbedder = PrivateAttr()
 
     @classmethod
     def class_name(cls) -> str:
@@ -126,38 +103,35 @@ class BGEEmbedding(ServedModelComponent, BatchedQueries):
         folder's content (a hub id stands for its own: pin it with `revision`), and
         `computed_dtype`, which "auto" makes of the device. The ingestion cache needs them.
         """
-        return _Configuration({**super().to_dict(**kwargs), **self._stated()})
+        return _CacheKeyDict({**super().to_dict(**kwargs), **self._resolved_settings()})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
         """Make an embedding of what `to_dict` gave."""
-        arguments = {name: value for name, value in data.items() if name not in _STATED}
+        arguments = {name: value for name, value in data.items() if name not in _RESOLVED_SETTINGS}
         return super().from_dict(arguments, **kwargs)
 
-    def _stated(self) -> dict[str, str | None]:
+    def _resolved_settings(self) -> dict[str, str | None]:
         try:
             dtype = self._core.dtype
             local = Path(self.model_name).expanduser().is_dir()
             fingerprint = self.fingerprint if local else None
         except BGEError:
             # A device or a folder that is not on this machine: a configuration can be read anyway.
-            return dict.fromkeys(_STATED)
-        return dict(zip(_STATED, (fingerprint, dtype), strict=True))
+            return dict.fromkeys(_RESOLVED_SETTINGS)
+        return dict(zip(_RESOLVED_SETTINGS, (fingerprint, dtype), strict=True))
 
-    @property
-    def _core(self) -> DenseEmbedder:
-        if self._embedder is None:
-            self._embedder = make_embedder(
-                self.model_name,
-                query_instruction=self.query_instruction,
-                task_description=self.task_description,
-                examples=self.examples,
-                task=self.task,
-                pooling=self.pooling,
-                normalize=self.normalize,
-                **self._shared_arguments(),
-            )
-        return self._embedder
+    def _make_core(self) -> DenseEmbedder:
+        return make_embedder(
+            self.model_name,
+            query_instruction=self.query_instruction,
+            task_description=self.task_description,
+            examples=self.examples,
+            task=self.task,
+            pooling=self.pooling,
+            normalize=self.normalize,
+            **self._options(),
+        )
 
     def _get_query_embeddings(self, queries: list[str]) -> list[Embedding]:
         return _rows(self._core.embed_queries(queries))
@@ -186,10 +160,10 @@ def _rows(vectors: NDArray[np.float32]) -> list[Embedding]:
     return [vector.tolist() for vector in vectors]
 
 
-_STATED = ("fingerprint", "computed_dtype")
+_RESOLVED_SETTINGS = ("fingerprint", "computed_dtype")
 
 # None of these changes a vector; of the two dtypes' words, computed_dtype is the outcome.
-_MACHINE = frozenset(
+_FIELDS_WITHOUT_EFFECT_ON_VECTORS = frozenset(
     {
         "backend",
         "batch_tokens",
@@ -207,7 +181,7 @@ _MACHINE = frozenset(
 )
 
 
-class _Configuration(dict[str, Any]):
+class _CacheKeyDict(dict[str, Any]):
     """A configuration whose text has only what can change a vector.
 
     IngestionPipeline's cache takes str(to_dict()) for its key. With a device or a batch size in
@@ -215,4 +189,10 @@ class _Configuration(dict[str, Any]):
     """
 
     def __str__(self) -> str:
-        return str({name: value for name, value in self.items() if name not in _MACHINE})
+        return str(
+            {
+                name: value
+                for name, value in self.items()
+                if name not in _FIELDS_WITHOUT_EFFECT_ON_VECTORS
+            }
+        )

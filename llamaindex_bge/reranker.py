@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, InputTypeError, M3Weights, Ranked, Scorer, make_scorer
-from llamaindex_bge._component import ModelName, ServedModelComponent
+from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_scorer
+from bge_core.host_fields import ModelName, Weights
+from llamaindex_bge._component import ServedModelComponent
 
 __all__ = ["BGEReranker"]
 
@@ -24,10 +25,6 @@ logger = logging.getLogger(__name__)
 
 _RETRIEVAL_SCORE = "retrieval_score"
 _RELEVANCE_SPAN = "relevance_span"
-
-
-def _weights(value: object) -> object:
-    return M3Weights.of(value) if isinstance(value, Mapping) else value
 
 
 class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
@@ -57,71 +54,64 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         ('The giant panda is a bear.', 0.9979)
     """
 
-    model: ModelName = Field(frozen=True, description="A hub id or a folder.")
-    top_n: int | None = Field(
-        default=2, ge=1, strict=True, description="How many nodes to give; None for all."
-    )
-    score_threshold: float | None = Field(
-        default=None,
-        allow_inf_nan=False,
-        description="The least score to give, itself included; None for any.",
-    )
-    normalize: bool = Field(
-        default=True,
-        frozen=True,
-        description=(
-            "Give scores from 0 to 1 (a sigmoid of each logit) instead of raw logits; of no "
-            "effect with bge-m3, whose scores are about 0 to 1 in any case."
-        ),
-    )
-    m3_weights: Annotated[M3Weights | None, BeforeValidator(_weights)] = Field(
-        default=None,
-        frozen=True,
-        description=(
-            "How much the scores of bge-m3 count: M3Weights(dense=1.0, sparse=0.3, "
-            "multi_vector=1.0) or a dict of these names; None for just these."
-        ),
-    )
-    keep_retrieval_score: bool = Field(
-        default=False,
-        description=(
-            "Keep the score that a node came with as metadata['retrieval_score'], out of the "
-            "texts for embedding and for the LLM."
-        ),
-    )
-    metadata_mode: MetadataMode = Field(
-        default=MetadataMode.EMBED, description="Which metadata is scored with a node's text."
-    )
+    if TYPE_CHECKING:  # either of them
+        model: ModelName = Field(default="")
+        model_name: str = Field(default="")
+    else:
+        model: ModelName = Field(frozen=True)
+        """A hub id (`"BAAI/bge-reranker-base"`) or a folder; `model_name=` is the same argument."""
 
-    _reranker: Scorer | None = PrivateAttr(default=None)
+        @property
+        def model_name(self) -> str:
+            """The hub id or folder."""
+            return self.model
+
+    top_n: int | None = Field(default=2, ge=1, strict=True)
+    """How many nodes to give, 1 or more; None for all."""
+
+    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    """The least score to give, itself included; None for any."""
+
+    normalize: bool = Field(default=True, frozen=True)
+    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
+    effect with bge-m3, whose scores are about 0 to 1 in any case."""
+
+    m3_weights: Weights | None = Field(default=None, frozen=True)
+    """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
+    or a dict of these names; None for just these, and for a reranker."""
+
+    keep_retrieval_score: bool = False
+    """Keep the score that a node came with as `metadata["retrieval_score"]`, out of the texts for
+    embedding and for the LLM."""
+
+    metadata_mode: MetadataMode = MetadataMode.EMBED
+    """Which metadata is scored with a node's text."""
+
+    if TYPE_CHECKING:
+        _core: Scorer = PrivateAttr()
 
     @classmethod
     def class_name(cls) -> str:
         """Give the name that LlamaIndex writes beside a configuration."""
         return "BGEReranker"
 
-    @property
-    def _core(self) -> Scorer:
-        if self._reranker is None:
-            self._reranker = make_scorer(
-                self.model,
-                m3_weights=self.m3_weights,
-                normalize=self.normalize,
-                **self._shared_arguments(),
-            )
-            self._reranker.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
-        return self._reranker
+    def _make_core(self) -> Scorer:
+        core = make_scorer(
+            self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
+        )
+        core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
+        return core
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         query = _checked(nodes, query_bundle)
         with self._event(nodes, query) as result:
-            places, texts = self._texts(nodes)
+            positions, texts = self._texts(nodes)
             ranked = self._core.rank_spans(
                 query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
             )
-            result.extend(self._result(nodes, places, ranked))
+            result.extend(self._result(nodes, positions, ranked))
         return result
 
     @dispatcher.span
@@ -130,11 +120,11 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         query = _checked(nodes, query_bundle)
         with self._event(nodes, query) as result:
-            places, texts = self._texts(nodes)
+            positions, texts = self._texts(nodes)
             ranked = await self._core.arank_spans(
                 query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
             )
-            result.extend(self._result(nodes, places, ranked))
+            result.extend(self._result(nodes, positions, ranked))
         return result
 
     @contextmanager
@@ -145,14 +135,14 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         top_n = len(nodes) if self.top_n is None else self.top_n
         result: list[NodeWithScore] = []
         dispatcher.event(
-            ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=self.model)
+            ReRankStartEvent(query=query, nodes=nodes, top_n=top_n, model_name=self.model_name)
         )
         try:
             with self.callback_manager.event(
                 CBEventType.RERANKING,
                 payload={
                     EventPayload.NODES: nodes,
-                    EventPayload.MODEL_NAME: self.model,
+                    EventPayload.MODEL_NAME: self.model_name,
                     EventPayload.QUERY_STR: query.query_str,
                     EventPayload.TOP_K: top_n,
                 },
@@ -163,30 +153,34 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
             dispatcher.event(ReRankEndEvent(nodes=result))
 
     def _texts(self, nodes: Sequence[NodeWithScore]) -> tuple[list[int], list[str]]:
-        """Give the places of the nodes that have a text, and what is scored of them."""
-        places = [
-            place
-            for place, node in enumerate(nodes)
+        """Give the positions of the nodes that have a text, and what is scored of them."""
+        positions = [
+            position
+            for position, node in enumerate(nodes)
             # Metadata alone, such as an image's path, says nothing that could be ranked.
             if node.node.get_content(metadata_mode=MetadataMode.NONE).strip()
         ]
-        if len(places) < len(nodes):
+        if len(positions) < len(nodes):
             logger.warning(
                 "%d of %d nodes have no text to score (images, or empty): they %s.",
-                len(nodes) - len(places),
+                len(nodes) - len(positions),
                 len(nodes),
                 "come last" if self.score_threshold is None else "can't reach score_threshold",
             )
-        return places, [nodes[place].get_content(self.metadata_mode) for place in places]
+        return positions, [
+            nodes[position].get_content(self.metadata_mode) for position in positions
+        ]
 
     def _result(
-        self, nodes: Sequence[NodeWithScore], places: list[int], ranked: list[Ranked]
+        self, nodes: Sequence[NodeWithScore], positions: list[int], ranked: list[Ranked]
     ) -> list[NodeWithScore]:
-        result = [self._copy(nodes[places[found.index]], found) for found in ranked]
+        result = [self._copy(nodes[positions[found.index]], found) for found in ranked]
         if self.score_threshold is None:
-            scored = set(places)
+            scored = set(positions)
             result += [
-                self._copy(node, None) for place, node in enumerate(nodes) if place not in scored
+                self._copy(node, None)
+                for position, node in enumerate(nodes)
+                if position not in scored
             ]
         return result[: self.top_n]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base_sparse import BaseSparseEmbedding, SparseEmbedding
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from bge_core import M3Embedder
-from llamaindex_bge._component import LocalModelComponent, ModelName
+from llamaindex_bge._component import EmbeddingComponent
 
 __all__ = ["BGESparseEmbedding"]
 
@@ -16,7 +16,7 @@ SparseBatch = tuple[list[list[int]], list[list[float]]]
 
 
 # The host's two bases spell the type of one serializer's argument differently.
-class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ignore[misc]
+class BGESparseEmbedding(EmbeddingComponent, BaseSparseEmbedding):  # type: ignore[misc]
     """bge-m3's token weights, for hybrid search.
 
     Beside a `BGEEmbedding` on the same model it costs nothing: they share the weights, and one
@@ -37,18 +37,8 @@ class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ign
         True
     """
 
-    model_name: ModelName = Field(frozen=True, description="A hub id or a folder.")
-    embed_batch_size: int = Field(
-        default=2048,
-        gt=0,
-        le=2048,
-        description=(
-            "Texts that the host hands over at a time, its maximum by default: they are sorted "
-            "by length and packed to batch_tokens, and that is what bounds the memory."
-        ),
-    )
-
-    _embedder: M3Embedder | None = PrivateAttr(default=None)
+    if TYPE_CHECKING:
+        _core: M3Embedder = PrivateAttr()
 
     @classmethod
     def class_name(cls) -> str:
@@ -86,13 +76,10 @@ class BGESparseEmbedding(LocalModelComponent, BaseSparseEmbedding):  # type: ign
         """
         return _batch(_given(self._core.encode(texts, dense=False, priority="interactive").sparse))
 
-    @property
-    def _core(self) -> M3Embedder:
-        if self._embedder is None:
-            made = M3Embedder(self.model_name, share_outputs=True, **self._shared_arguments())
-            made.require("sparse")
-            self._embedder = made
-        return self._embedder
+    def _make_core(self) -> M3Embedder:
+        made = M3Embedder(self.model_name, share_outputs=True, **self._options())
+        made.require("sparse")
+        return made
 
     def _get_query_embedding(self, query: str) -> SparseEmbedding:
         return _given(self._core.encode([query], dense=False, priority="interactive").sparse)[0]

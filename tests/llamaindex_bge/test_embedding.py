@@ -158,7 +158,7 @@ def test_arguments_are_keywords(en_folder: Path):
         ({"zzz": 1}, "it takes api_key, backend, batch_tokens"),
         ({"text_instruction": "x"}, "documents are embedded as they are"),
         ({"model_kwargs": {"dtype": 1}}, "dtype=..."),
-        ({"model": "x"}, "write model_name='...'"),
+        ({"model": "x"}, "model and model_name are one argument with two names"),
         ({"embed_batch_size": 4096}, "embed_batch_size: input should be less than or equal to"),
         ({"on_truncation": "shout"}, "on_truncation: input should be 'ignore', 'warn' or 'error'"),
         ({"dtype": "float17"}, "dtype='float17' is not served"),
@@ -224,7 +224,7 @@ def test_fields_of_the_model_are_frozen(en_folder: Path):
         with pytest.raises(ArgumentError, match=rf"{name} of a BGEEmbedding can't be changed"):
             setattr(model, name, value)
     with pytest.raises(ArgumentError, match="no attribute 'nothing'"):
-        model.nothing = 1
+        model.nothing = 1  # type: ignore[attr-defined]
     model.embed_batch_size = 16
     model.num_workers = 2
     assert (model.embed_batch_size, model.num_workers) == (16, 2)
@@ -236,7 +236,7 @@ def test_model_copy_is_checked_and_takes_effect(en_folder: Path, reference_embed
     model = BGEEmbedding(model_name=en_folder, token="hf_x")
     plain = model.model_copy(update={"query_instruction": ""})
     assert close([plain.get_query_embedding(QUERY)], reference_embed(en_folder, [QUERY]))
-    assert plain.token == "hf_x"
+    assert plain.token.get_secret_value() == "hf_x"
     with pytest.raises(ArgumentError, match="max_length"):
         model.model_copy(update={"max_length": 5000})
 

@@ -184,7 +184,7 @@ async def test_wrong_calls_are_sentences(reranker_folder: Path, call: Any):
     ("arguments", "said"),
     [
         ({"topn": 3}, "did you mean 'top_n'?"),
-        ({"model_name": "x"}, "write model='...'"),
+        ({"model_name": "x"}, "model and model_name are one argument with two names"),
         ({"cross_encoder_kwargs": {"max_length": 1}}, "max_length=..."),
         ({"top_n": 0}, "top_n: input should be greater than or equal to 1, got 0"),
         ({"top_n": 2.5}, "top_n: input should be a valid integer"),

@@ -1,0 +1,182 @@
+"""What every adapter of both hosts says of its arguments, and when two of them are equal."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import pydoc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+import langchain_bge
+import llamaindex_bge
+from bge_core import ArgumentError, BGEError
+
+ADAPTERS = {
+    "BGECrossEncoder": (langchain_bge.BGECrossEncoder, "reranker_folder"),
+    "BGEEmbeddings": (langchain_bge.BGEEmbeddings, "en_folder"),
+    "langchain BGEReranker": (langchain_bge.BGEReranker, "reranker_folder"),
+    "BGESparseEmbeddings": (langchain_bge.BGESparseEmbeddings, "m3_folder"),
+    "BGEEmbedding": (llamaindex_bge.BGEEmbedding, "en_folder"),
+    "llamaindex BGEReranker": (llamaindex_bge.BGEReranker, "reranker_folder"),
+    "BGESparseEmbedding": (llamaindex_bge.BGESparseEmbedding, "m3_folder"),
+}
+
+
+@pytest.fixture(params=ADAPTERS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return ADAPTERS[request.param][0]
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, kind: Any) -> Path:
+    fixture = next(fixture for cls, fixture in ADAPTERS.values() if cls is kind)
+    found: Path = request.getfixturevalue(fixture)
+    return found
+
+
+# The model's two names
+
+
+@pytest.mark.parametrize("name", ["model", "model_name"])
+def test_the_model_has_two_names(kind: Any, folder: Path, name: str):
+    for given in (folder, str(folder)):
+        adapter = kind(**{name: given})
+        assert adapter.model == adapter.model_name == str(folder)
+        assert adapter == kind(model=folder)
+        with pytest.raises(ArgumentError, match="can't be changed"):
+            setattr(adapter, kind._model_field, "another")
+
+
+def test_one_of_the_names_at_a_time(kind: Any, folder: Path):
+    with pytest.raises(ArgumentError, match="one argument with two names: pass one of them"):
+        kind(model=folder, model_name=folder)
+    with pytest.raises(ArgumentError, match="is missing"):
+        kind()
+
+
+@pytest.mark.parametrize("name", ["model", "model_name"])
+def test_a_copy_for_another_model(kind: Any, folder: Path, copy_of: Any, name: str):
+    other = copy_of(folder)
+    changed = kind(model=folder, max_length=16).model_copy(update={name: other})
+    assert (changed.model, changed.max_length) == (str(other), 16)
+
+
+# What an argument is
+
+
+def test_help_has_a_sentence_for_every_argument(kind: Any):
+    parameters = inspect.signature(kind).parameters
+    assert parameters.keys() == kind.model_fields.keys()
+    assert next(iter(parameters)) == kind._model_field
+    assert all(item.kind is item.KEYWORD_ONLY for item in parameters.values())
+    assert parameters["max_length"].default is None
+    shown = pydoc.plain(pydoc.render_doc(kind))
+    assert "use_fp16: bool | None = None" in shown
+    arguments = (inspect.getdoc(kind) or "").partition("Args:")[2].partition("Raises:")[0]
+    said = dict(line.strip().split(": ", 1) for line in arguments.splitlines() if line[4:5].strip())
+    assert said.keys() == kind.model_fields.keys()
+    assert all(len(sentence.split()) >= 3 for sentence in said.values())
+    schema = kind.model_fields["device"].description
+    assert said["device"].startswith(schema[:40])
+
+
+def test_secrets_are_secret_on_both_hosts(kind: Any, folder: Path):
+    adapter = kind(model=folder, token="hf_secret")
+    assert adapter.token == SecretStr("hf_secret")
+    assert kind(model=folder, token=SecretStr("hf_secret")) == adapter
+    for shown in (repr(adapter), str(adapter), adapter.model_dump_json(), str(vars(adapter))):
+        assert "hf_secret" not in shown
+    assert "token" not in adapter.model_dump()
+    for again in (copy.copy(adapter), pickle.loads(pickle.dumps(adapter))):
+        assert again.token.get_secret_value() == "hf_secret"
+
+
+def test_a_refusal_is_the_sentence_alone(kind: Any, folder: Path):
+    for wrong in ({"on_truncation": "shout"}, {"max_length": "many"}, {"nonsense": 1}):
+        with pytest.raises(BGEError) as caught:
+            kind(model=folder, **wrong)
+        assert "\n" not in str(caught.value)
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+# Equality
+
+
+def test_equal_by_configuration(kind: Any, folder: Path):
+    one = kind(model=folder, max_length=16, device="cpu")
+    two = kind(model_name=str(folder), max_length=16, device="cpu")
+    assert one == two
+    assert hash(one) == hash(two)
+    assert {one: "found"}[two] == "found"
+    for again in (copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert again == one
+        assert hash(again) == hash(one)
+    others = [
+        kind(model=folder, max_length=17, device="cpu"),
+        kind(model=folder, max_length=16),
+        kind(model=folder, max_length=16, device="cpu", token="hf_x"),
+        kind(model=folder, max_length=16, device="cpu", revision="main"),
+    ]
+    assert one not in others
+    assert one != 3
+
+
+def test_use_changes_no_equality(kind: Any, folder: Path):
+    used, fresh = kind(model=folder), kind(model=folder)
+    before = hash(used)
+    _ = used.fingerprint
+    used.close()
+    assert used == fresh
+    assert hash(used) == hash(fresh) == before
+
+
+def test_what_can_be_changed_is_compared_and_not_hashed(reranker_folder: Path):
+    for kind in (langchain_bge.BGEReranker, llamaindex_bge.BGEReranker):
+        one, two = kind(model=reranker_folder), kind(model=reranker_folder)
+        held = {one}
+        one.top_n = 7
+        assert one != two
+        assert one in held
+
+
+def test_the_words_of_an_option_do_not_count(en_folder: Path):
+    kind = langchain_bge.BGEEmbeddings
+    assert kind(model=en_folder, model_kwargs={"device": "cpu"}) == kind(
+        model=en_folder, device="cpu", encode_kwargs={"batch_size": 8}
+    )
+
+
+def test_a_host_s_services_do_not_count(en_folder: Path):
+    from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+    from llama_index.core.storage.kvstore import SimpleKVStore
+
+    one = llamaindex_bge.BGEEmbedding(model=en_folder)
+    two = llamaindex_bge.BGEEmbedding(
+        model=en_folder,
+        embeddings_cache=SimpleKVStore(),
+        callback_manager=CallbackManager([LlamaDebugHandler(print_trace_on_end=False)]),
+    )
+    assert one == two
+    assert copy.copy(two).embeddings_cache is two.embeddings_cache
+    assert one != llamaindex_bge.BGEEmbedding(model=en_folder, num_workers=2)
+
+
+def test_classes_of_two_hosts_are_never_equal(reranker_folder: Path):
+    ours = langchain_bge.BGEReranker(model=reranker_folder)
+    assert ours != llamaindex_bge.BGEReranker(model=reranker_folder)
+    assert ours != langchain_bge.BGECrossEncoder(model=reranker_folder)
+
+
+def test_dumps_hold_what_was_said(kind: Any, folder: Path):
+    adapter = kind(model=folder, cache_folder=folder.parent, max_length=16)
+    data = json.loads(adapter.model_dump_json())
+    assert data[kind._model_field] == str(folder)
+    assert data["cache_folder"] == str(folder.parent)
+    data.pop("class_name", None)
+    assert kind(**data) == adapter
