@@ -270,7 +270,8 @@ class Embedder(LocalModel[str], DenseEmbedder):
             vector is the mean of their pooled vectors, normalised then. One that fits has the
             same vector either way. Queries are cut in any case.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
-            `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
+            `[openvino]`; or `"auto"`: OpenVINO for queries where it is installed and runs the
+            model, torch for the rest.
         cache_folder: The hub's cache; None for the usual one.
         revision: Branch, tag or commit on the hub.
         local_files_only: Never go to the network.

@@ -36,6 +36,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from bge_core.backends.table import BackendName
 from bge_core.checkpoints.catalog import register, registered_profiles
 from bge_core.errors import ArgumentError, InputTypeError
 from bge_core.lifecycle import ContextManaged
@@ -135,7 +136,7 @@ class LocalModelFields(BaseModel, ContextManaged):
     on_truncation: Literal["ignore", "warn", "error"] = Field(default="warn", frozen=True)
     """What happens when a text is longer: `"warn"` logs one line a call, `"error"` refuses."""
 
-    backend: Literal["torch", "openvino", "auto"] = Field(default="torch", frozen=True)
+    backend: BackendName = Field(default="torch", frozen=True)
     """What executes the model: `"openvino"` is faster for single queries on a CPU (extra
     `[openvino]`); `"auto"` uses it for an embedder's queries, where it is installed, and torch for
     all else."""

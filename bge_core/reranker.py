@@ -368,7 +368,7 @@ class Reranker(LocalModel[Pair], PairScorer):
             beginning; `"window"` scores overlapping windows of it and takes the best, so that
             only a query is ever cut. One that fits has the same score either way.
         backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
-            `[openvino]`; or `"auto"`, OpenVINO for queries where it is installed, else torch.
+            `[openvino]`; or `"auto"`, which is torch for every reranker.
         cache_folder: The hub's cache; None for the usual one.
         revision: Branch, tag or commit on the hub.
         local_files_only: Never go to the network.

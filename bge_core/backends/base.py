@@ -39,11 +39,11 @@ class Encoder(Protocol):
     bucketed: bool
     """Whether its packs should come in few sizes (see `Pack`)."""
 
-    def rows(self, pack: Pack) -> Tensor:
+    def hidden_states(self, pack: Pack) -> Tensor:
         """Compute the row of every token, [rows, hidden]."""
         ...
 
-    def first_rows(self, pack: Pack) -> Tensor:
+    def first_token_states(self, pack: Pack) -> Tensor:
         """Compute the row of each sequence's first token, [rows, hidden]."""
         ...
 
@@ -91,11 +91,11 @@ def takes_types(encoder: Any) -> bool:
 
 
 def _first(hidden: Tensor, pack: Pack) -> Tensor:
-    return hidden[pack.first_rows()]
+    return hidden[pack.first_token_indices()]
 
 
 def _last(hidden: Tensor, pack: Pack) -> Tensor:
-    return hidden[pack.last_rows()]
+    return hidden[pack.last_token_indices()]
 
 
 def _mean(hidden: Tensor, pack: Pack) -> Tensor:

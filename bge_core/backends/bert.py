@@ -69,12 +69,12 @@ class _Layer(torch.nn.Module):
         keys, values = self._keys_and_values(hidden)
         return self._after(attend(queries, keys, values, pack), hidden)
 
-    def first_rows(self, hidden: Tensor, pack: Pack) -> Tensor:
+    def first_token_states(self, hidden: Tensor, pack: Pack) -> Tensor:
         """Compute the row of each sequence's first token only, [rows, hidden] -> [n, hidden].
 
         Of the other rows it takes the keys and values alone, so the rest isn't computed.
         """
-        first = hidden[pack.first_rows()]
+        first = hidden[pack.first_token_indices()]
         queries = self.query(first).view(-1, *self._heads)
         keys, values = self._keys_and_values(hidden)
         return self._after(attend_first(queries, keys, values, pack), first)
@@ -117,20 +117,20 @@ class Bert(torch.nn.Module):
             else torch.nn.Identity()
         )
 
-    def rows(self, pack: Pack) -> Tensor:
+    def hidden_states(self, pack: Pack) -> Tensor:
         """Compute the last layer's row of every token, [rows, hidden]."""
         hidden = self._embedded(pack)
         for layer in self.layers:
             hidden = layer(hidden, pack)
         return hidden
 
-    def first_rows(self, pack: Pack) -> Tensor:
+    def first_token_states(self, pack: Pack) -> Tensor:
         """Compute the last layer's row of each sequence's first token, [n, hidden]."""
         hidden = self._embedded(pack)
         layers: list[Any] = list(self.layers)
         for layer in layers[:-1]:
             hidden = layer(hidden, pack)
-        rows: Tensor = layers[-1].first_rows(hidden, pack)
+        rows: Tensor = layers[-1].first_token_states(hidden, pack)
         return rows
 
     def _embedded(self, pack: Pack) -> Tensor:

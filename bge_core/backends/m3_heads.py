@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 
 from bge_core.backends.base import to_numpy
 from bge_core.backends.loading import load_head
-from bge_core.backends.packed import PackedRunner
 from bge_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,12 +18,13 @@ if TYPE_CHECKING:
 
     from bge_core.backends.base import Encoder
     from bge_core.backends.output_cache import CachedOutput, OutputCache
+    from bge_core.backends.packed import Heads, MakePack
     from bge_core.backends.packing import Pack
     from bge_core.checkpoints.catalog import Output
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.tokenizer import TokenSequence
 
-__all__ = ["M3Row", "M3Runner"]
+__all__ = ["M3Heads", "M3Row"]
 
 _DENSE: frozenset[Output] = frozenset({"dense"})
 _SHARED: frozenset[Output] = frozenset({"dense", "sparse"})
@@ -45,51 +45,44 @@ class M3Row(NamedTuple):
     multi_vector: NDArray[np.float32] | None = None
 
 
-class M3Runner(PackedRunner):
-    """Runs bge-m3 on packs.
+class M3Heads:
+    """Makes bge-m3's outputs of an encoder's packs.
 
-    Sequences that ask for nothing run as on any other encoder. Layers beyond the encoder load
-    when they are first asked for, so that a damaged one is in nobody's way who wants dense
-    vectors alone.
+    Sequences that request nothing run as on any other encoder. The layers beyond the encoder load
+    when they are first asked for, so that a damaged one is in nobody's way who wants dense vectors
+    alone.
 
     Args:
-        encoder: XLM-RoBERTa.
         checkpoint: Where the further layers are.
-        dtype: The encoder's number format, by name.
+        plain: Makes the row of a sequence that requests nothing: its dense vector.
         device: Where the model is.
-        budget: Tokens a pack may have unless the user says otherwise.
+        dtype: The encoder's number format, by name.
         output_cache: Where passes look first and leave the output that was not asked for.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
-        *,
         checkpoint: Checkpoint,
-        dtype: str,
+        plain: Heads,
+        *,
         device: torch.device,
-        budget: int,
+        dtype: str,
         output_cache: OutputCache,
     ) -> None:
-        super().__init__(
-            encoder,
-            "cls",
-            lambda rows: rows,
-            device=device,
-            padding_position=checkpoint.padding_position,
-            budget=budget,
-        )
         self._checkpoint = checkpoint
+        self._plain = plain
+        self._device = device
         self._dtype = dtype
         self._cache = output_cache
         self._layers: dict[Output, torch.nn.Linear] = {}
 
-    @torch.inference_mode()
-    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
+    def run(
+        self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
+    ) -> NDArray[np.float32] | list[Any]:
         """Compute one row a sequence.
 
         Returns:
-            A dense vector, [hidden] float32, for a sequence that asks for no outputs, and an
+            A dense vector, [hidden] float32, for a sequence that requests no outputs, and an
             `M3Row` for one that does.
 
         Raises:
@@ -99,10 +92,12 @@ class M3Runner(PackedRunner):
         if not shared:
             self._cache.clear_unless_shared()
             if all(sequence.requested_outputs is None for sequence in sequences):
-                return super().run(sequences)
+                return self._plain.run(sequences, encoder, make_pack)
         taken = [self._taken(sequence) if shared else None for sequence in sequences]
         missing = [one for one, row in zip(sequences, taken, strict=True) if row is None]
-        computed = iter(self._computed(missing, shared=shared) if missing else ())
+        computed: Iterator[M3Row] = iter(())
+        if missing:
+            computed = iter(self._computed(missing, encoder, make_pack, shared=shared))
         rows = [next(computed) if row is None else row for row in taken]
         return [_shape(sequence, row) for sequence, row in zip(sequences, rows, strict=True)]
 
@@ -117,15 +112,22 @@ class M3Runner(PackedRunner):
             return None
         return M3Row(dense=arrays[0]) if output == "dense" else M3Row(sparse=arrays)
 
-    def _computed(self, sequences: Sequence[TokenSequence], *, shared: bool) -> list[M3Row]:
+    def _computed(
+        self,
+        sequences: Sequence[TokenSequence],
+        encoder: Encoder,
+        make_pack: MakePack,
+        *,
+        shared: bool,
+    ) -> list[M3Row]:
         leaving = shared and any(sequence.shares_outputs for sequence in sequences)
         weighted = self._asked(sequences, "sparse") or (leaving and self._may_leave_sparse())
         multi = [place for place, one in enumerate(sequences) if "multi_vector" in _wanted(one)]
-        pack = self._pack(sequences)
         if not weighted and not multi:
-            return [M3Row(dense=row) for row in self._outcome(pack)]
-        hidden = self._encoder.rows(pack)
-        dense = to_numpy(hidden[pack.first_rows()])
+            return [M3Row(dense=row) for row in self._plain.run(sequences, encoder, make_pack)]
+        pack = make_pack(sequences)
+        hidden = encoder.hidden_states(pack)
+        dense = to_numpy(hidden[pack.first_token_indices()])
         weights = to_numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
         vectors = self._vectors(hidden, pack, multi)
         rows, start = [], 0

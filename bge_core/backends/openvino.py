@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bge_core.backends.runner_options import RunnerOptions
     from bge_core.checkpoints.metadata import Checkpoint, Kind
     from bge_core.tokenizer import TokenSequence
 
@@ -95,14 +96,7 @@ class OpenVINORunner:
         return np.array(out[self._compiled.output(0)], dtype=np.float32)
 
 
-def load_openvino_runner(
-    checkpoint: Checkpoint,
-    *,
-    kind: Kind,
-    pooling: str | None,
-    trust_remote_code: bool,
-    cache_folder: str | None,
-) -> OpenVINORunner:
+def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> OpenVINORunner:
     """Compile a checkpoint for this CPU, converting it at first use.
 
     The converted model is kept in the user's cache, under a name that changes with the
@@ -110,10 +104,7 @@ def load_openvino_runner(
 
     Args:
         checkpoint: What the checkpoint says of itself.
-        kind: `"embedder"` or `"reranker"`.
-        pooling: The rows that make the vector; None for a reranker.
-        trust_remote_code: Run Python code that the checkpoint carries.
-        cache_folder: Where the converted model is kept; None for the user's cache.
+        options: How it is to be run.
 
     Raises:
         CheckpointError: OpenVINO can't convert it, or its weights are missing or damaged.
@@ -129,20 +120,9 @@ def load_openvino_runner(
             install="'bge-adapters[openvino]'",
             instead=", or pass backend='torch'.",
         ) from exc
-    if kind == "embedder" and (not checkpoint.plain or pooling not in ("cls", "mean", "last")):
-        msg = (
-            f"{checkpoint.name!r} has modules of its own, which backend='openvino' does not run: "
-            "pass backend='torch'."
-        )
-        raise CheckpointError(msg)
-    if pooling == "last" or checkpoint.pair_prompt is not None:
-        msg = (
-            f"{checkpoint.name!r} is a decoder, which backend='openvino' does not run: pass "
-            "backend='torch'."
-        )
-        raise CheckpointError(msg)
+    kind, pooling = options.kind, options.pooling
     core = openvino.Core()
-    file = _kept(checkpoint, kind, pooling, openvino.__version__, cache_folder)
+    file = _kept(checkpoint, kind, pooling, openvino.__version__, options.cache_folder)
     model: Any = None
     if file.exists():
         try:
@@ -152,7 +132,7 @@ def load_openvino_runner(
             shutil.rmtree(file.parent, ignore_errors=True)
     if model is None:
         loaded = load_model(
-            checkpoint, kind=kind, dtype="float32", trust_remote_code=trust_remote_code
+            checkpoint, kind=kind, dtype="float32", trust_remote_code=options.trust_remote_code
         )
         model = _converted(openvino, checkpoint, loaded, pooling)
         try:

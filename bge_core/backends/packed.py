@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,18 +17,53 @@ if TYPE_CHECKING:
     from bge_core.backends.base import Encoder, Head
     from bge_core.tokenizer import TokenSequence
 
-__all__ = ["PackedRunner"]
+__all__ = ["Heads", "PackedRunner", "PooledHead"]
+
+MakePack = Callable[[Sequence["TokenSequence"]], Pack]
+
+
+class Heads(Protocol):
+    """Makes the outcome of sequences with an encoder."""
+
+    def run(
+        self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
+    ) -> NDArray[np.float32] | list[Any]:
+        """Compute one row a sequence: [n, width] float32, or a list of what was asked for."""
+        ...
+
+
+class PooledHead:
+    """One row a sequence: its pooled hidden states, through a head.
+
+    Args:
+        pooling: The hidden states that make a sequence's row: `"cls"`, `"mean"` or `"last"`.
+        head: Makes the outcome of a sequence's row.
+    """
+
+    def __init__(self, pooling: str, head: Head) -> None:
+        self._pooling = pooling
+        self._head = head
+
+    def run(
+        self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
+    ) -> NDArray[np.float32]:
+        """Compute one row a sequence, [n, width] float32."""
+        pack = make_pack(sequences)
+        if self._pooling == "cls":
+            rows = encoder.first_token_states(pack)
+        else:
+            rows = POOLS[self._pooling](encoder.hidden_states(pack), pack)
+        return to_numpy(self._head(rows))[: len(sequences)]
 
 
 class PackedRunner:
     """Runs an encoder on packs, without padding to the longest.
 
     Args:
-        encoder: Computes rows of the last layer.
-        pooling: Which of them make a sequence's row: `"cls"`, `"mean"` or `"last"`.
-        head: Makes the outcome of a sequence's row.
+        encoder: Computes hidden states of the last layer.
+        heads: Make the outcome of them.
         device: Where the model is.
-        padding_position: Where positions are counted from; None for 0 (see `Pack`).
+        position_offset: Where positions are counted from; None for 0 (see `Pack`).
         budget: Tokens a pack may have unless the user says otherwise.
     """
 
@@ -37,32 +72,26 @@ class PackedRunner:
     def __init__(
         self,
         encoder: Encoder,
-        pooling: str,
-        head: Head,
+        heads: Heads,
         *,
         device: torch.device,
-        padding_position: int | None,
+        position_offset: int | None,
         budget: int,
     ) -> None:
         self._encoder = encoder
-        self._pooling = pooling
-        self._head = head
+        self._heads = heads
         self._device = device
-        self._padding_position = padding_position
+        self._position_offset = position_offset
         self.default_budget = budget
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
-        """Compute one row a sequence, [n, width] float32."""
-        return self._outcome(self._pack(sequences))
+        """Compute one row a sequence: [n, width] float32, or a list of what was asked for.
+
+        Raises:
+            CheckpointError: A further layer that is asked for is missing or damaged.
+        """
+        return self._heads.run(sequences, self._encoder, self._pack)
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> Pack:
-        return Pack(sequences, self._device, self._padding_position, self._encoder.bucketed)
-
-    def _outcome(self, pack: Pack) -> NDArray[np.float32]:
-        """Make one row a sequence, [n, width] float32."""
-        if self._pooling == "cls":
-            rows = self._encoder.first_rows(pack)
-        else:
-            rows = POOLS[self._pooling](self._encoder.rows(pack), pack)
-        return to_numpy(self._head(rows))[: len(pack.sequences)]
+        return Pack(sequences, self._device, self._position_offset, self._encoder.bucketed)

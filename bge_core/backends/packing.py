@@ -50,14 +50,14 @@ class Pack:
     Attributes:
         sequences: The sequences, equal lengths side by side.
         device: Where its tensors are made.
-        padding_position: Where positions are counted from in the families of RoBERTa: the
+        position_offset: Where positions are counted from in the families of RoBERTa: the
             padding token's id. None where they start at 0.
         few_sizes: Have the tensors end in some padding, so that they come in few sizes.
     """
 
     sequences: Sequence[TokenSequence]
     device: torch.device
-    padding_position: int | None = None
+    position_offset: int | None = None
     bucketed: bool = False
 
     @cached_property
@@ -77,7 +77,7 @@ class Pack:
 
     def inputs(self) -> dict[str, Tensor]:
         """Make the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
-        pad = self.padding_position or 0
+        pad = self.position_offset or 0
         ids = list(chain.from_iterable(sequence.ids for sequence in self.sequences))
         types = chain.from_iterable(
             chain(bytes(sequence.second), b"\1" * (len(sequence) - sequence.second))
@@ -91,7 +91,7 @@ class Pack:
         }
 
     def _positions(self, sequence: TokenSequence) -> Iterable[int]:
-        pad = self.padding_position
+        pad = self.position_offset
         if pad is None:
             return range(len(sequence))
         if pad not in sequence.ids:
@@ -102,11 +102,11 @@ class Pack:
             pad + count * (token != pad) for token, count in zip(sequence.ids, counted, strict=True)
         )
 
-    def first_rows(self) -> Tensor:
+    def first_token_indices(self) -> Tensor:
         """Give the row of each sequence's first token, [n] int64, or more of few sizes."""
         return self._rows([0, *accumulate(self.lengths)][:-1])
 
-    def last_rows(self) -> Tensor:
+    def last_token_indices(self) -> Tensor:
         """Give the row of each sequence's last token, [n] int64."""
         return self._tensor([end - 1 for end in accumulate(self.lengths)])
 

@@ -10,9 +10,10 @@ import torch
 from bge_core.backends.base import POOLS, default_budget, identity, pooled, takes_types
 from bge_core.backends.bert import load_bert
 from bge_core.backends.loading import load_model, out_of_memory_error
+from bge_core.backends.m3_heads import M3Heads
 from bge_core.backends.onednn import prepack_linear_weights
 from bge_core.backends.output_cache import OutputCache
-from bge_core.backends.packed import PackedRunner
+from bge_core.backends.packed import PackedRunner, PooledHead
 from bge_core.backends.padded import PaddedRunner, load_sentence_transformers
 from bge_core.checkpoints.metadata import is_m3_architecture
 
@@ -20,51 +21,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bge_core.backends.base import Encoder, Head, Runner
-    from bge_core.checkpoints.metadata import Checkpoint, Kind
+    from bge_core.backends.packed import Heads
+    from bge_core.backends.runner_options import RunnerOptions
+    from bge_core.checkpoints.metadata import Checkpoint
 
 __all__ = ["load_runner"]
 
 logger = logging.getLogger(__name__)
 
 
-def load_runner(
-    checkpoint: Checkpoint,
-    *,
-    kind: Kind,
-    pooling: str | None,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    answer: int | None = None,
-    output_cache: OutputCache | None = None,
-) -> Runner:
+def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) -> Runner:
     """Load a checkpoint's weights onto a device, ready to execute packs.
 
     Args:
         checkpoint: What the checkpoint says of itself.
-        kind: `"embedder"` or `"reranker"`.
-        pooling: The rows that make the vector; None for a reranker.
+        options: How it is to be run.
         device: A device that this machine has.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        trust_remote_code: Run Python code that the checkpoint carries.
-        answer: The token whose logit is the score, of a reranker that is a language model.
-        output_cache: Where bge-m3's passes look first and leave the other output; None for none.
 
     Raises:
         CheckpointError: The weights are missing or damaged.
+        ComputationError: They don't fit on the device.
     """
     place = torch.device(device)
-    pooling = pooling or "cls"
+    kind, dtype, trust = options.kind, options.dtype, options.trust_remote_code
+    pooling = options.pooling or "cls"
     if kind == "embedder" and (not checkpoint.plain or pooling not in POOLS):
-        return load_sentence_transformers(checkpoint, place, dtype, trust_remote_code)
+        return load_sentence_transformers(checkpoint, place, dtype, trust)
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
     if bert is not None:
         # Ours alone: other models' code may look at the weights of a layer itself.
         bert.bucketed = place.type == "cpu" and dtype == "float32" and prepack_linear_weights(bert)
-        return _packed(bert, checkpoint, pooling, bert.head, bert.shape, place, dtype, output_cache)
+        heads = _heads(checkpoint, options, pooling, bert.head, place)
+        return _packed(bert, heads, checkpoint, bert.shape, options, place)
     from bge_core.backends.stock import classifier_head, transformers_encoder
 
-    model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust)
     try:
         model.to(place)
     except torch.OutOfMemoryError as exc:
@@ -72,11 +63,12 @@ def load_runner(
     encoder = model if kind == "embedder" else model.base_model
     # A decoder would keep keys and values for the tokens that nobody will generate.
     encoder.config.use_cache = False
-    pooling = pooling if answer is None else "last"
-    head: Head | None = identity if kind == "embedder" else classifier_head(model, answer)
+    pooling = pooling if options.answer is None else "last"
+    head: Head | None = identity if kind == "embedder" else classifier_head(model, options.answer)
     stock = None if head is None else transformers_encoder(encoder, checkpoint, place)
     if head is not None and stock is not None:
-        return _packed(stock, checkpoint, pooling, head, encoder.config, place, dtype, output_cache)
+        heads = _heads(checkpoint, options, pooling, head, place)
+        return _packed(stock, heads, checkpoint, encoder.config, options, place)
     logger.debug("%r can't run packed: it runs padded.", checkpoint.name)
     # Without a head that takes rows, the whole model gives the outcome itself.
     whole, pool = model, None
@@ -97,33 +89,28 @@ def load_runner(
     )
 
 
+def _heads(
+    checkpoint: Checkpoint, options: RunnerOptions, pooling: str, head: Head, device: torch.device
+) -> Heads:
+    plain = PooledHead(pooling, head)
+    if not is_m3_architecture(checkpoint, pooling):
+        return plain
+    cache = OutputCache() if options.output_cache is None else options.output_cache
+    return M3Heads(checkpoint, plain, device=device, dtype=options.dtype, output_cache=cache)
+
+
 def _packed(
     encoder: Encoder,
+    heads: Heads,
     checkpoint: Checkpoint,
-    pooling: str,
-    head: Head,
     config: Any,
+    options: RunnerOptions,
     device: torch.device,
-    dtype: str,
-    output_cache: OutputCache | None,
 ) -> PackedRunner:
-    budget = default_budget(config, device, dtype)
-    if is_m3_architecture(checkpoint, pooling):
-        from bge_core.backends.m3_heads import M3Runner
-
-        return M3Runner(
-            encoder,
-            checkpoint=checkpoint,
-            dtype=dtype,
-            device=device,
-            budget=budget,
-            output_cache=OutputCache() if output_cache is None else output_cache,
-        )
     return PackedRunner(
         encoder,
-        pooling,
-        head,
+        heads,
         device=device,
-        padding_position=checkpoint.padding_position,
-        budget=budget,
+        position_offset=checkpoint.padding_position,
+        budget=default_budget(config, device, options.dtype),
     )

@@ -45,7 +45,7 @@ class TransformersEncoder:
         self._model = model
         self._types = types
 
-    def rows(self, pack: Pack) -> Tensor:
+    def hidden_states(self, pack: Pack) -> Tensor:
         """Compute the last layer's row of every token, [tokens, hidden]."""
         inputs = pack.inputs()
         if not self._types:
@@ -53,9 +53,9 @@ class TransformersEncoder:
         hidden: Tensor = self._model(**inputs, pack=pack)[0][0]
         return hidden
 
-    def first_rows(self, pack: Pack) -> Tensor:
+    def first_token_states(self, pack: Pack) -> Tensor:
         """Compute the last layer's row of each sequence's first token, [n, hidden]."""
-        return self.rows(pack)[pack.first_rows()]
+        return self.hidden_states(pack)[pack.first_token_indices()]
 
 
 def packed_attention(
@@ -138,7 +138,9 @@ def transformers_encoder(
         short, long = TokenSequence([5, 6, 7], 3), TokenSequence([7, 8, 9, 6, 5], 5)
 
         def rows(*sequences: TokenSequence) -> NDArray[np.float32]:
-            return to_numpy(encoder.rows(Pack(sequences, device, checkpoint.padding_position)))
+            return to_numpy(
+                encoder.hidden_states(Pack(sequences, device, checkpoint.padding_position))
+            )
 
         with torch.inference_mode():
             together = rows(short, long)

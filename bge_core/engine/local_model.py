@@ -8,29 +8,28 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
 from bge_core import arguments
+from bge_core.backends.runner_options import RunnerOptions
+from bge_core.backends.table import BACKENDS, check_backend, choose_backends, load_runners
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import check_kind, check_profile, read
 from bge_core.checkpoints.source import locate
 from bge_core.engine.call import Call, Item, non_finite_error, progress_bar, run_off_loop
 from bge_core.engine.process import hold_interpreter_exit, on_fork
-from bge_core.errors import ArgumentError, CheckpointError
+from bge_core.errors import ArgumentError
 from bge_core.lifecycle import Closeable
 from bge_core.tokenizer import can_tokenize_inline, report_truncation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bge_core.backends.base import Runner
-    from bge_core.backends.output_cache import OutputCache
     from bge_core.checkpoints.metadata import Checkpoint, Kind
     from bge_core.checkpoints.source import Source
     from bge_core.devices import Placement
@@ -94,7 +93,7 @@ class LocalModel(Closeable, Generic[Item]):
         self._on_truncation = arguments.one_of(
             "on_truncation", on_truncation, arguments.ON_TRUNCATION
         )
-        self._backend = _checked_backend(backend, placement)
+        self._backend = check_backend(backend, devices=placement.devices, dtype=placement.dtype)
         self._start()
         if source.is_local:
             _ = self.checkpoint  # reading it is the check
@@ -155,7 +154,8 @@ class LocalModel(Closeable, Generic[Item]):
     def devices(self) -> tuple[str, ...]:
         """The devices that were asked for; empty for the best one of whichever machine loads it."""
         asked = self._placement.devices
-        return ("cpu",) if self._backend == "openvino" and not asked else asked
+        only = BACKENDS[self._backend].device if self._backend in BACKENDS else None
+        return (only,) if only and not asked else asked
 
     def close(self) -> None:
         """Let go of the model; the weights are freed when nobody else holds them.
@@ -178,8 +178,9 @@ class LocalModel(Closeable, Generic[Item]):
             raise ArgumentError(msg)
 
     def _placed(self) -> tuple[Sequence[str], str]:
-        if self._backend == "openvino":
-            return self.devices, "float32"
+        backend = BACKENDS.get(self._backend)
+        if backend is not None and backend.dtype is not None:
+            return self.devices, backend.dtype
         profile = find_profile(self.model)
         if profile is None:
             # What another hub id says of itself is looked at when it loads.
@@ -213,88 +214,48 @@ class LocalModel(Closeable, Generic[Item]):
 
         devices, dtype = self._placed()
         content = self._content()
+        options = RunnerOptions(
+            kind=self._kind,
+            pooling=self._pooling or found.pooling,
+            dtype=dtype,
+            trust_remote_code=self._source.trust_remote_code,
+            cache_folder=self._source.cache_folder,
+            output_cache=shared_output_cache((content, dtype), self._source.name),
+        )
+        chosen = choose_backends(self._backend, found, options, devices)
         key = (
             self._kind,
             found.folder.resolve(),
             # A folder that was trained further is another model.
             content,
-            self._pooling or found.pooling,
+            options.pooling,
             devices,
             dtype,
-            self._backend,
-            self._source.trust_remote_code,
+            *chosen.values(),
+            options.trust_remote_code,
         )
-        cache = shared_output_cache((content, dtype), self._source.name)
-        return shared_engine(key, lambda: self._new_engine(found, devices, dtype, cache))
+        return shared_engine(key, lambda: self._new_engine(found, options, devices, chosen))
 
     def _new_engine(
-        self, found: Checkpoint, devices: Sequence[str], dtype: str, cache: OutputCache
+        self,
+        found: Checkpoint,
+        options: RunnerOptions,
+        devices: Sequence[str],
+        chosen: Mapping[Priority, str],
     ) -> Engine:
         from bge_core.backends.loading import load_tokenizer
-        from bge_core.backends.select import load_runner
         from bge_core.engine.scheduler import Engine
 
-        logger.info("Loading %r on %s in %s.", found.name, ", ".join(devices), dtype)
-        pooling = self._pooling or found.pooling
-        trust = self._source.trust_remote_code
-        tokenizer = load_tokenizer(found, trust_remote_code=trust)
+        logger.info("Loading %r on %s in %s.", found.name, ", ".join(devices), options.dtype)
+        tokenizer = load_tokenizer(found, trust_remote_code=options.trust_remote_code)
         self._check_room(tokenizer)  # before the weights
-        backend = self._backend
-        fast: Runner | None = None
-        if backend == "openvino" or (backend == "auto" and self._auto_openvino(devices, dtype)):
-            from bge_core.backends.openvino import load_openvino_runner
-
-            try:
-                fast = load_openvino_runner(
-                    found,
-                    kind=self._kind,
-                    pooling=pooling,
-                    trust_remote_code=trust,
-                    cache_folder=self._source.cache_folder,
-                )
-            except CheckpointError as exc:
-                if backend == "openvino":
-                    raise
-                logger.debug("Torch serves queries, too: %s", exc)
-        if backend == "openvino" and fast is not None:
-            both = [fast] * len(devices)
-            return Engine(
-                {"interactive": both, "background": both},
-                tokenizer,
-                name=found.name,
-                output_cache=cache,
-            )
-        prompt = found.pair_prompt
-        answer = None if prompt is None else tokenizer.first_id(prompt.answer)
-        loaded = [
-            load_runner(
-                found,
-                kind=self._kind,
-                pooling=pooling,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust,
-                answer=answer,
-                output_cache=cache,
-            )
-            for device in devices
-        ]
-        # Bulk is level between the two, and packs need next to no padding.
-        query = loaded if fast is None else [fast] * len(devices)
+        if found.pair_prompt is not None:
+            options = replace(options, answer=tokenizer.first_id(found.pair_prompt.answer))
         return Engine(
-            {"interactive": query, "background": loaded},
+            load_runners(chosen, found, options, devices),
             tokenizer,
             name=found.name,
-            output_cache=cache,
-        )
-
-    def _auto_openvino(self, devices: Sequence[str], dtype: str) -> bool:
-        # A reranker's work is bulk even when somebody waits for it.
-        return (
-            self._kind == "embedder"
-            and dtype == "float32"
-            and _on_cpu(devices)
-            and find_spec("openvino") is not None
+            output_cache=options.output_cache,
         )
 
     def _check_room(self, tokenizer: Tokenizer) -> None:
@@ -472,24 +433,3 @@ def _positive(name: str, value: object) -> int | None:
     if value is None:
         return None
     return arguments.whole_number(name, value, unit=" of tokens", instead=" or None")
-
-
-def _checked_backend(backend: str, placement: Placement) -> str:
-    arguments.one_of("backend", backend, ("torch", "openvino", "auto"))
-    if backend == "openvino" and not _on_cpu(placement.devices):
-        msg = (
-            f"backend='openvino' runs on the CPU, not on device={list(placement.devices)}: "
-            "pass device='cpu', or backend='torch'."
-        )
-        raise ArgumentError(msg)
-    if backend == "openvino" and placement.dtype not in ("auto", "float32"):
-        msg = (
-            f"backend='openvino' computes in float32, not in dtype={placement.dtype!r}: leave "
-            "dtype out, or pass backend='torch'."
-        )
-        raise ArgumentError(msg)
-    return backend
-
-
-def _on_cpu(devices: Sequence[str]) -> bool:
-    return all(device.partition(":")[0] == "cpu" for device in devices)

@@ -12,6 +12,7 @@ import transformers
 from packaging.version import Version
 
 from bge_core import ArgumentError, CheckpointError, Embedder, Reranker
+from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.select import load_runner
 from bge_core.checkpoints.metadata import read
 from bge_core.checkpoints.source import Source
@@ -65,14 +66,8 @@ def test_a_pack_gives_the_rows_of_each_text_alone(family, pooling, tmp_path, cap
     model.save_pretrained(tmp_path)
     checkpoint = read(Source.of(tmp_path), tmp_path)
     with caplog.at_level(logging.DEBUG, logger="bge_core"):
-        runner = load_runner(
-            checkpoint,
-            kind="embedder",
-            pooling=pooling,
-            device="cpu",
-            dtype="float32",
-            trust_remote_code=False,
-        )
+        options = RunnerOptions(kind="embedder", pooling=pooling)
+        runner = load_runner(checkpoint, options, device="cpu")
     assert runner.padded == (family in PADDED)
     assert ("runs padded" in caplog.text) == runner.padded
     rng = np.random.default_rng(0)
