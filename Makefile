@@ -9,7 +9,7 @@ OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-server test-lowest lint format bench soak clean
+.PHONY: help demo evaluate test test-server test-lowest test-newest lint format docs bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real 
 test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="-k words")
 	PYTEST_ADDOPTS='$(OLD_WARNINGS)' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
+test-newest:  ## Run all tests on what pip resolves today, without constraints (ARGS="-k words")
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
 lint: $(VENV)/.dev  ## Check style, imports, types and spelling
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -41,6 +44,9 @@ format: $(VENV)/.dev  ## Mend style where a tool can, and draw docs/imports.svg 
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/python docs/draw_imports.py
 
+docs: .venv-docs/.made  ## Build the documentation with the API reference, in site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
+
 bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for the README)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
@@ -48,12 +54,17 @@ soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-infinity .venv-lowest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-docs .venv-infinity .venv-lowest .venv-newest site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
+
+.venv-docs/.made: docs/requirements.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
 
 # The server wants an older transformers than ours.

@@ -102,6 +102,18 @@ def test_a_page_s_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "package", ["bge_core", "bge_core.mteb", "bge_core.ray", "langchain_bge", "llamaindex_bge"]
+)
+def test_the_api_reference_has_every_public_name(package: str) -> None:
+    page = ROOT / "docs" / "api" / f"{package.partition('.')[0]}.md"
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(rf"^::: {re.escape(package)}\.(\w+)$", text, re.MULTILINE)
+    named += re.findall(rf"`{re.escape(package)}\.(__version__)`", text)
+    public = set(importlib.import_module(package).__all__)
+    assert sorted(named) == sorted(public)
+
+
 def test_the_picture_of_the_imports_is_drawn_from_them() -> None:
     draw = runpy.run_path(str(ROOT / "docs" / "draw_imports.py"))["draw"]
     picture = (ROOT / "docs" / "imports.svg").read_text(encoding="utf-8")
