@@ -5,6 +5,7 @@ The hub is a cache folder with tiny checkpoints under the names that the example
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import re
@@ -112,6 +113,42 @@ def test_the_api_reference_has_every_public_name(package: str) -> None:
     named += re.findall(rf"`{re.escape(package)}\.(__version__)`", text)
     public = set(importlib.import_module(package).__all__)
     assert sorted(named) == sorted(public)
+
+
+def messages() -> list[str]:
+    """Every string of the code, its docstrings left out, with … where a value stands."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) for part in node.values)
+        return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+    found = []
+    for package in ("bge_core", "langchain_bge", "llamaindex_bge"):
+        for file in (ROOT / package).rglob("*.py"):
+            nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+            alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+            found += [
+                text(node)
+                for node in nodes
+                if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in alone
+            ]
+    return found
+
+
+def test_each_message_of_the_troubleshooting_page_is_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^### (.*)$", page, re.MULTILINE)
+    assert len(headings) > 40
+    said = "\n".join(messages())
+    stale = []
+    for heading in headings:
+        parts = re.fullmatch(r"`(.{15,})`", heading)
+        words = [part for part in parts[1].split("…") if part.strip()] if parts else [heading]
+        pattern = "[^\n]*?".join(re.escape(part) for part in words)
+        if not re.search(pattern, said):
+            stale.append(heading)
+    assert not stale, "\n".join(stale)
 
 
 def test_the_picture_of_the_imports_is_drawn_from_them() -> None:
