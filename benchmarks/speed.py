@@ -455,7 +455,7 @@ def machine() -> dict[str, Any]:
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Lay the outcomes out."""
     out = Table(title="bge-adapters against the hosts' own classes", title_justify="left")
-    for heading in ("measured", "contender", "median", "times ours"):
+    for heading in ("measured", "contender", "median", "theirs / ours"):
         out.add_column(heading, justify="left" if heading == "measured" else "right")
     for outcome in outcomes:
         for name, value in outcome.figures.items():
@@ -474,7 +474,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
 
 def markdown(outcomes: Sequence[Outcome], where: Mapping[str, Any]) -> str:
     """Lay the outcomes out for the README."""
-    lines = ["| | bge-adapters | against | times ours |", "|---|---|---|---|"]
+    lines = ["| | bge-adapters | compared with | theirs / ours |", "|---|---|---|---|"]
     for outcome in outcomes:
         first = True
         for name, ratio in outcome.ratios().items():
@@ -503,7 +503,7 @@ def plot(outcomes: Sequence[Outcome], file: Path) -> None:
     colours = ["#2a6f97" if "LangChain" in name else "#7fb069" for name in names]
     axes.barh(names, ratios, color=colours)
     axes.axvline(1.0, color="#444444", linewidth=1)
-    axes.set_xlabel("times ours (above 1: bge-adapters is faster, or takes less)")
+    axes.set_xlabel("their time or memory / ours (above 1: bge-adapters is faster or uses less)")
     axes.tick_params(axis="y", labelsize=6.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
