@@ -329,6 +329,13 @@ class ServedModelFields(LocalModelFields):
     timeout: float | None = Field(default=None, frozen=True)
     """Seconds to wait for one answer of the server; None for 60."""
 
+    served_model_name: str | None = Field(default=None, frozen=True)
+    """The server's name of the model, where it is another than the model's."""
+
+    endpoint_batch_size: int | None = Field(default=None, frozen=True)
+    """Texts that one request to the server carries, at most; None for 32. A smaller limit of the
+    server's is learnt from its first refusal."""
+
     long_passages: Literal["truncate", "window"] = Field(default="truncate", frozen=True)
     """What happens with a document that doesn't fit: `"truncate"` reads its beginning; `"window"`
     reads all of it in overlapping windows, whose vectors' mean is its vector, and the best of

@@ -172,6 +172,7 @@ _FIELDS_WITHOUT_EFFECT_ON_VECTORS = frozenset(
         "dtype",
         "embed_batch_size",
         "endpoint",
+        "endpoint_batch_size",
         "local_files_only",
         "num_workers",
         "on_truncation",

@@ -45,7 +45,7 @@ _LONGEST_WAIT = 30.0
 _RETRYABLE = (429, 502, 503, 504)
 # Requests that a server has at a time; the others wait for their turn, outside of their time
 # limit. text-embeddings-inference takes 512.
-_AT_ONCE = 128
+_AT_ONCE = 256
 # Of the connections of a burst, so many are kept open for the next requests.
 _KEPT_ALIVE = 20
 # What is read of an answer that says that the request failed.

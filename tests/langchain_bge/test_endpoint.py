@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from langchain_core.documents import Document
 
-from bge_core import ArgumentError, EndpointError
+from bge_core import ArgumentError, CheckpointError, EndpointError
 from langchain_bge import BGECrossEncoder, BGEEmbeddings, BGEReranker, BGESparseEmbeddings
 from tests.servers import answer
 
@@ -83,6 +83,33 @@ def test_what_is_the_server_s_business_is_refused(adapter: Any):
         adapter(model=name, api_key=SECRET)
     with pytest.raises(ArgumentError, match="a password"):
         adapter(model=name, endpoint=f"http://user:{SECRET}@host")
+
+
+def test_a_server_s_own_name_and_batch_limit(server: Any):
+    server.names, server.batch_limit = {"bge-small-en-v1.5", "ranker:2"}, 3
+    server.embed = lambda texts: np.ones((len(texts), 384))
+    texts = [str(number) for number in range(10)]
+    made = BGEEmbeddings(model="bge-small-en-v1.5", endpoint=server.address, endpoint_batch_size=3)
+    twin = pickle.loads(pickle.dumps(made.model_copy()))
+    for embeddings in (made, twin):
+        server.asked.clear()
+        assert len(embeddings.embed_documents(texts)) == 10
+        assert sorted(len(body["input"]) for _, body in server.asked) == [1, 3, 3, 3]
+        embeddings.embed_query("x")
+        assert server.asked[-1][1]["input"] == [f"{INSTRUCTION}x"]
+    learnt = BGEEmbeddings(model="bge-small-en-v1.5", endpoint=server.address)
+    assert len(learnt.embed_documents(texts)) == 10
+    ranker = BGEReranker(
+        model="BAAI/bge-reranker-base", endpoint=server.address, served_model_name="ranker:2"
+    )
+    plain = BGEReranker(model="BAAI/bge-reranker-base", endpoint=server.address)
+    assert ranker.fingerprint != plain.fingerprint
+    assert len(ranker.compress_documents([Document(page_content=t) for t in texts], "q")) == 3
+    assert {body["model"] for _, body in server.asked} == {"bge-small-en-v1.5", "ranker:2"}
+    with pytest.raises(CheckpointError, match="did you mean 'BAAI/bge-m3'"):
+        BGEEmbeddings(model="bge-m3")
+    with pytest.raises(ArgumentError, match=r"^endpoint_batch_size is for a server"):
+        BGEEmbeddings(model="BAAI/bge-m3", endpoint_batch_size=3)
 
 
 def test_a_server_s_failure_is_a_connection_error(server: Any):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from bge_core import ArgumentError, EndpointError
+from bge_core import ArgumentError, CheckpointError, EndpointError
 from llamaindex_bge import BGEEmbedding, BGEReranker, BGESparseEmbedding
 from tests.servers import answer
 
@@ -97,6 +97,34 @@ def test_what_is_the_server_s_business_is_refused():
         BGEReranker(model="BAAI/bge-m3", endpoint="http://h")
     with pytest.raises(ArgumentError, match="has no argument 'endpoint'"):
         BGESparseEmbedding(model_name="BAAI/bge-m3", endpoint="http://h")
+
+
+def test_a_server_s_own_name_and_batch_limit(server: Any):
+    server.names, server.batch_limit = {"bge-small-en-v1.5", "ranker:2"}, 3
+    server.embed = lambda texts: np.ones((len(texts), 384))
+    texts = [str(number) for number in range(10)]
+    made = BGEEmbedding(model="bge-small-en-v1.5", endpoint=server.address, endpoint_batch_size=3)
+    twin = pickle.loads(pickle.dumps(made.model_copy()))
+    for embeddings in (made, twin):
+        server.asked.clear()
+        assert len(embeddings.get_text_embedding_batch(texts)) == 10
+        assert sorted(len(body["input"]) for _, body in server.asked) == [1, 3, 3, 3]
+        embeddings.get_query_embedding("x")
+        assert server.asked[-1][1]["input"] == [f"{INSTRUCTION}x"]
+    learnt = BGEEmbedding(model="bge-small-en-v1.5", endpoint=server.address)
+    assert len(learnt.get_text_embedding_batch(texts)) == 10
+    ranker = BGEReranker(
+        model="BAAI/bge-reranker-base", endpoint=server.address, served_model_name="ranker:2"
+    )
+    plain = BGEReranker(model="BAAI/bge-reranker-base", endpoint=server.address)
+    assert ranker.fingerprint != plain.fingerprint
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+    assert len(ranker.postprocess_nodes(nodes, query_str="q")) == ranker.top_n
+    assert {body["model"] for _, body in server.asked} == {"bge-small-en-v1.5", "ranker:2"}
+    with pytest.raises(CheckpointError, match="did you mean 'BAAI/bge-m3'"):
+        BGEEmbedding(model="bge-m3")
+    with pytest.raises(ArgumentError, match=r"^endpoint_batch_size is for a server"):
+        BGEEmbedding(model="BAAI/bge-m3", endpoint_batch_size=3)
 
 
 def test_a_server_s_failure_is_a_connection_error(server: Any):
