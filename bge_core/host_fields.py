@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import logging
 import os
 import textwrap
-from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import (
@@ -49,6 +49,7 @@ __all__ = [
     "ModelName",
     "ServedModelFields",
     "Weights",
+    "earlier_score_key",
     "with_profiles",
     "without_profiles",
 ]
@@ -295,9 +296,10 @@ class LocalModelFields(BaseModel, ContextManaged):
             for name, value in arguments.items()
         }
 
-    @abstractmethod
     def _make_core(self) -> Any:
         """Make the model that the fields describe."""
+        # Not abstract: of what is, LlamaIndex makes a span in its users' traces.
+        raise NotImplementedError
 
     def _options(self) -> dict[str, Any]:
         """Give the fields of this class as the core's keywords."""
@@ -358,6 +360,12 @@ def without_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
         except ArgumentError as exc:
             logger.warning("%s", exc)
     return {name: value for name, value in state.items() if name != _PROFILES}
+
+
+def earlier_score_key(metadata: Mapping[str, Any]) -> str:
+    """Return the key for the score that an earlier reranker gave: the first that is free."""
+    names = (f"relevance_score_{stage}" for stage in itertools.count(1))
+    return next(name for name in names if name not in metadata)
 
 
 def _revealed(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """BGE embeddings and rerankers for LangChain, on your own machine."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from bge_core import __version__
@@ -28,6 +29,13 @@ __all__ = [
     "BGESparseEmbeddings",
     "__version__",
 ]
+# `from langchain_bge import *` works without langchain-qdrant, which only this class needs.
+if not TYPE_CHECKING and find_spec("langchain_qdrant") is None:
+    __all__ = [name for name in __all__ if name != "BGESparseEmbeddings"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import (
+    Runnable,
+    RunnableConfig,
+    RunnableParallel,
+    RunnablePassthrough,
+)
 from pydantic import Field, PrivateAttr
 
 from bge_core import InputTypeError, Ranked, Scorer, make_scorer
-from bge_core.host_fields import Weights
+from bge_core.host_fields import Weights, earlier_score_key
 from langchain_bge._fields import ServedModelFields
+from langchain_bge._runs import RerankRunnable, arerank_run, config_of, rerank_run
 
 __all__ = ["BGEReranker", "RerankResult"]
 
@@ -22,7 +29,8 @@ class RerankResult(TypedDict):
 
     index: int
     relevance_score: float
-    relevance_span: NotRequired[list[int]]
+    relevance_start: NotRequired[int]
+    relevance_end: NotRequired[int]
 
 
 class BGEReranker(ServedModelFields, BaseDocumentCompressor):
@@ -32,8 +40,8 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
     scores, by the weights that a `BGEEmbeddings` on the same model has loaded.
 
     Works wherever a document compressor does (`ContextualCompressionRetriever`,
-    `DocumentCompressorPipeline`), and in a chain through `RunnableLambda`. Arguments are checked
-    at once; weights load at first use and are shared by all adapters on the same model, revision,
+    `DocumentCompressorPipeline`), and in a chain as `as_runnable()`. Arguments are checked at
+    once; weights load at first use and are shared by all adapters on the same model, revision,
     device and dtype.
 
     Raises:
@@ -69,37 +77,73 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         self,
         documents: Sequence[Document],
         query: str,
-        callbacks: Callbacks | None = None,  # noqa: ARG002 -- the host's signature
+        callbacks: Callbacks | None = None,
     ) -> list[Document]:
         """Keep the best `top_n` documents, best first; equal scores keep the order given.
 
         Args:
             documents: Documents of any type; they are never changed.
             query: The query.
-            callbacks: Of no effect.
+            callbacks: Are told of the rerank, as a run with the query, counts and scores. Left
+                out, those of the surrounding chain are.
 
         Returns:
             Copies that keep id, type and metadata and have the score, a Python float, as
-            `metadata["relevance_score"]`; with `long_passages="window"` also, as
-            `metadata["relevance_span"]`, [start, end] of the characters of `page_content` that
-            the score is of. The metadata dict is the copy's own; the values in it are shared
-            with the document that came in.
+            `metadata["relevance_score"]`; the score of an earlier reranker is kept as
+            `relevance_score_1`, the next one's as `relevance_score_2`. With
+            `long_passages="window"`, `relevance_start` and `relevance_end` are the characters
+            [start, end) of `page_content` that the score is of. The metadata dict is the copy's
+            own; the values in it are shared with the document that came in.
 
         Raises:
             BGEError: As `bge_core.Reranker.rank` says.
         """
-        _check_documents(documents)
-        return _copies(documents, self.rerank(documents, query))
+        return self._compress(documents, query, config_of(callbacks), type(self).__name__)
 
     async def acompress_documents(
         self,
         documents: Sequence[Document],
         query: str,
-        callbacks: Callbacks | None = None,  # noqa: ARG002 -- the host's signature
+        callbacks: Callbacks | None = None,
     ) -> list[Document]:
         """Keep the best documents without blocking the event loop; see `compress_documents`."""
-        _check_documents(documents)
-        return _copies(documents, await self.arerank(documents, query))
+        config = config_of(callbacks)
+        return await self._acompress(documents, query, config, type(self).__name__)
+
+    def as_runnable(
+        self,
+        retriever: Runnable[str, list[Document]] | None = None,
+        *,
+        name: str | None = None,
+        query_key: str = "query",
+        documents_key: str = "documents",
+    ) -> Runnable[Any, list[Document]]:
+        """Make a step of a chain, which is a run of its own in traces.
+
+        Args:
+            retriever: What finds the documents; None where the chain brings them.
+            name: The step's name in traces; None for the class's.
+            query_key: The key of the query in what comes in.
+            documents_key: The key of the documents.
+
+        Returns:
+            Without a retriever, a step that takes a dict of query and documents; with one, a
+            step that takes the query.
+
+        Example:
+            >>> reranker = BGEReranker(model="BAAI/bge-reranker-base")
+            >>> reranker.as_runnable(name="rerank").get_name()
+            'rerank'
+        """
+        step = RerankRunnable(
+            self,
+            name=name or type(self).__name__,
+            query_key=query_key,
+            documents_key=documents_key,
+        )
+        if retriever is None:
+            return step
+        return RunnableParallel({query_key: RunnablePassthrough(), documents_key: retriever}) | step
 
     def rerank(
         self,
@@ -117,7 +161,8 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
 
         Returns:
             `index` into `documents` and `relevance_score`, none below `score_threshold`; with
-            `long_passages="window"` also `relevance_span`, see `compress_documents`.
+            `long_passages="window"` also `relevance_start` and `relevance_end`, see
+            `compress_documents`.
 
         Raises:
             BGEError: As `bge_core.Reranker.rank` says.
@@ -146,6 +191,31 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         )
         return _results(ranked)
 
+    def _compress(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, name: str
+    ) -> list[Document]:
+        _check_documents(documents)
+        with rerank_run(config, name, self._run_inputs(documents, query)) as result:
+            result.extend(_copies(documents, self.rerank(documents, query)))
+        return result
+
+    async def _acompress(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, name: str
+    ) -> list[Document]:
+        _check_documents(documents)
+        async with arerank_run(config, name, self._run_inputs(documents, query)) as result:
+            result.extend(_copies(documents, await self.arerank(documents, query)))
+        return result
+
+    def _run_inputs(self, documents: Sequence[Document], query: str) -> dict[str, Any]:
+        return {
+            "query": query,
+            "documents": list(documents),
+            "count": len(documents),
+            "top_n": self.top_n,
+            "model": self.model_name,
+        }
+
     def _make_core(self) -> Scorer:
         core = make_scorer(
             self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
@@ -155,6 +225,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
 
 
 def _check_documents(documents: Sequence[Document]) -> None:
+    _check_list(documents)
     for index, document in enumerate(documents):
         if not isinstance(document, Document):
             msg = (
@@ -165,10 +236,14 @@ def _check_documents(documents: Sequence[Document]) -> None:
 
 
 def _texts(documents: Sequence[str | Document]) -> list[str]:
+    _check_list(documents)
+    return [item.page_content if isinstance(item, Document) else item for item in documents]
+
+
+def _check_list(documents: object) -> None:
     if isinstance(documents, (str, bytes, Document)) or not isinstance(documents, Iterable):
         msg = f"documents must be a list of Document or str, got {type(documents).__name__}."
         raise InputTypeError(msg)
-    return [item.page_content if isinstance(item, Document) else item for item in documents]
 
 
 def _results(ranked: list[Ranked]) -> list[RerankResult]:
@@ -176,7 +251,7 @@ def _results(ranked: list[Ranked]) -> list[RerankResult]:
     for found in ranked:
         result = RerankResult(index=found.index, relevance_score=found.score)
         if found.span is not None:
-            result["relevance_span"] = list(found.span)  # as JSON has it
+            result["relevance_start"], result["relevance_end"] = found.span
         results.append(result)
     return results
 
@@ -187,5 +262,7 @@ def _copies(documents: Sequence[Document], results: list[RerankResult]) -> list[
         document = documents[result["index"]]
         said = {name: value for name, value in result.items() if name != "index"}
         metadata = {**document.metadata, **said}
+        if (score := document.metadata.get("relevance_score")) is not None:
+            metadata[earlier_score_key(document.metadata)] = score
         copies.append(document.model_copy(update={"metadata": metadata}))
     return copies

@@ -57,17 +57,27 @@ class BatchedQueries(BaseEmbedding):
         """Embed one query without blocking the event loop; see `get_query_embedding`."""
         return (await self._aembed_queries([arguments.text("query", query)]))[0]
 
+    @dispatcher.span
+    def get_query_embeddings(self, queries: list[str]) -> list[Embedding]:
+        """Embed queries in one batch: one span and one event for all of them."""
+        return self._embed_queries(queries)
+
+    @dispatcher.span
+    async def aget_query_embeddings(self, queries: list[str]) -> list[Embedding]:
+        """Embed queries in one batch without blocking the event loop."""
+        return await self._aembed_queries(queries)
+
     def get_agg_embedding_from_queries(
         self, queries: list[str], agg_fn: Callable[..., Embedding] | None = None
     ) -> Embedding:
         """Embed queries in one batch and aggregate their vectors, by their mean if not told."""
-        return (agg_fn or mean_agg)(self._embed_queries(queries))
+        return (agg_fn or mean_agg)(self.get_query_embeddings(queries))
 
     async def aget_agg_embedding_from_queries(
         self, queries: list[str], agg_fn: Callable[..., Embedding] | None = None
     ) -> Embedding:
         """Do it without blocking the event loop; see `get_agg_embedding_from_queries`."""
-        return (agg_fn or mean_agg)(await self._aembed_queries(queries))
+        return (agg_fn or mean_agg)(await self.aget_query_embeddings(queries))
 
     def _embed_queries(self, queries: list[str]) -> list[Embedding]:
         queries = arguments.texts("queries", queries)

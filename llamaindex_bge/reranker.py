@@ -15,7 +15,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_scorer
-from bge_core.host_fields import ModelName, Weights
+from bge_core.host_fields import ModelName, Weights, earlier_score_key
 from llamaindex_bge._component import ServedModelComponent
 
 __all__ = ["BGEReranker"]
@@ -24,7 +24,6 @@ dispatcher = get_dispatcher(__name__)
 logger = logging.getLogger(__name__)
 
 _RETRIEVAL_SCORE = "retrieval_score"
-_RELEVANCE_SPAN = "relevance_span"
 
 
 class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
@@ -81,7 +80,8 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
     or a dict of these names; None for just these, and for a reranker."""
 
     keep_retrieval_score: bool = False
-    """Keep the score that a node came with as `metadata["retrieval_score"]`, out of the texts for
+    """Keep the retriever's score as `metadata["retrieval_score"]`, and that of an earlier reranker
+    as `relevance_score_1`, the next one's as `relevance_score_2`; all of them out of the texts for
     embedding and for the LLM."""
 
     metadata_mode: MetadataMode = MetadataMode.EMBED
@@ -188,9 +188,12 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         inner = node.node
         said: dict[str, object] = {}
         if self.keep_retrieval_score:
-            said[_RETRIEVAL_SCORE] = node.score
+            earlier = _RETRIEVAL_SCORE in inner.metadata
+            said[_RETRIEVAL_SCORE] = inner.metadata.get(_RETRIEVAL_SCORE, node.score)
+            if earlier and node.score is not None:
+                said[earlier_score_key(inner.metadata)] = node.score
         if found is not None and found.span is not None:
-            said[_RELEVANCE_SPAN] = self._in_text(node, found.span)
+            said["relevance_start"], said["relevance_end"] = self._in_text(node, found.span)
         excluded = {
             "excluded_embed_metadata_keys": _with(inner.excluded_embed_metadata_keys, said),
             "excluded_llm_metadata_keys": _with(inner.excluded_llm_metadata_keys, said),
@@ -201,15 +204,16 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         score = None if found is None else found.score
         return node.model_copy(update={"node": inner.model_copy(update=own), "score": score})
 
-    def _in_text(self, node: NodeWithScore, span: tuple[int, int]) -> list[int]:
+    def _in_text(self, node: NodeWithScore, span: tuple[int, int]) -> tuple[int, int]:
         """Move a span of what was scored, which may begin with metadata, to the node's text."""
         text = node.node.get_content(metadata_mode=MetadataMode.NONE)
         bare = text.strip()  # as the host strips it where metadata stands beside it
         place = node.get_content(self.metadata_mode).rfind(bare)
         if place < 0:  # a node of another kind, which writes its text in its own way
-            return [0, len(text)]
+            return 0, len(text)
         moved = text.find(bare) - place
-        return [min(max(end + moved, 0), len(text)) for end in span]
+        start, end = (min(max(edge + moved, 0), len(text)) for edge in span)
+        return start, end
 
 
 def _with(keys: Sequence[str], said: Mapping[str, object]) -> list[str]:

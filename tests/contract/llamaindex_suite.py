@@ -749,7 +749,9 @@ class RerankerContract:
         again = self.rank(model, kept)
         for one, two in zip(again, kept, strict=True):
             assert one.score == pytest.approx(two.score, abs=self.tolerance)
-            assert one.metadata["retrieval_score"] == two.score
+            assert one.metadata["retrieval_score"] == by_id[one.node_id].score
+            assert one.metadata["relevance_score_1"] == two.score
+            assert one.get_content(MetadataMode.LLM) == two.get_content(MetadataMode.LLM)
             assert one.node.excluded_llm_metadata_keys.count("retrieval_score") == 1
 
     @pytest.mark.parametrize("mode", list(MetadataMode))

@@ -75,6 +75,26 @@ def test_missing_langchain_qdrant_names_the_command():
     assert "pip install langchain-qdrant" in said
 
 
+def test_star_import_and_dir_without_langchain_qdrant():
+    said = _python(
+        "import sys\n"
+        "sys.modules['langchain_qdrant'] = None\n"
+        "from langchain_bge import *\n"
+        "print(BGEEmbeddings.__name__, 'BGESparseEmbeddings' in globals())"
+    )
+    assert said.strip() == "BGEEmbeddings False"
+
+
+def test_lazy_names_are_in_dir():
+    said = _python(
+        "import langchain_bge\n"
+        "print('BGESparseEmbeddings' in dir(langchain_bge), '__all__' in dir(langchain_bge))\n"
+        "from langchain_bge import *\n"
+        "print(BGESparseEmbeddings.__name__)"
+    )
+    assert said.split() == ["True", "True", "BGESparseEmbeddings"]
+
+
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(langchain_bge, "BGESparse")
 

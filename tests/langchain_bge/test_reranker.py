@@ -287,12 +287,19 @@ class TestLongPassages:
             kept = await call(reranker, "compress_documents", given, QUERY)
             results = await call(reranker, "rerank", given, QUERY)
         assert [
-            (result["index"], result["relevance_score"], tuple(result["relevance_span"]))
+            (
+                result["index"],
+                result["relevance_score"],
+                (result["relevance_start"], result["relevance_end"]),
+            )
             for result in json.loads(json.dumps(results))
         ] == [(found.index, pytest.approx(found.score), found.span) for found in expected]
-        spans = {document.id: document.metadata["relevance_span"] for document in kept}
-        assert spans["0"] == [0, len(TEXTS[0])]
-        assert spans["2"] == [0, 0]
+        spans = {
+            document.id: (document.metadata["relevance_start"], document.metadata["relevance_end"])
+            for document in kept
+        }
+        assert spans["0"] == (0, len(TEXTS[0]))
+        assert spans["2"] == (0, 0)
         start, end = spans["long"]
         assert 0 < end - start < len(LONG)
         assert given[-1].metadata == {"source": "long.md"}
@@ -302,7 +309,7 @@ class TestLongPassages:
     ):
         reranker = BGEReranker(model=bert_reranker_folder, max_length=32, on_truncation="ignore")
         for document in await call(reranker, "compress_documents", documents, QUERY):
-            assert "relevance_span" not in document.metadata
+            assert "relevance_start" not in document.metadata
         (result, *_) = await call(reranker, "rerank", documents, QUERY)
         assert result.keys() == {"index", "relevance_score"}
 

@@ -272,7 +272,7 @@ async def test_the_best_window_s_characters_are_those_of_the_node_s_text(
     assert [int(node.node_id) for node in result] == [found.index for found in expected]
     for node, found in zip(result, expected, strict=True):
         text = texts[found.index]
-        start, end = node.node.metadata["relevance_span"]
+        start, end = (node.node.metadata[f"relevance_{edge}"] for edge in ("start", "end"))
         assert found.span is not None
         read = contents[found.index][slice(*found.span)]
         quote = text[start:end].strip()
@@ -282,7 +282,7 @@ async def test_the_best_window_s_characters_are_those_of_the_node_s_text(
             node.node.excluded_embed_metadata_keys,
             node.node.excluded_llm_metadata_keys,
         ):
-            assert {"relevance_span", "retrieval_score"} <= set(keys)
+            assert {"relevance_start", "relevance_end", "retrieval_score"} <= set(keys)
         assert node.get_content(MetadataMode.EMBED) == given[found.index].get_content(
             MetadataMode.EMBED
         )
@@ -298,10 +298,10 @@ async def test_without_windows_or_a_score_nothing_is_said_of_places(
     image = NodeWithScore(node=ImageNode(image_path="cat.png"))
     model = BGEReranker(model=bert_reranker_folder, top_n=None, long_passages="window")
     result = await call(model, "postprocess_nodes", [image, *nodes_of("a")], query_str=QUERY)
-    assert ["relevance_span" in node.node.metadata for node in result] == [True, False]
+    assert ["relevance_start" in node.node.metadata for node in result] == [True, False]
     plain = BGEReranker(model=bert_reranker_folder, top_n=None)
     for node in await call(plain, "postprocess_nodes", nodes_of(*TEXTS), query_str=QUERY):
-        assert "relevance_span" not in node.node.metadata
+        assert "relevance_start" not in node.node.metadata
 
 
 def test_embeddings_have_the_core_s_vectors(en_folder: Path):
@@ -318,3 +318,48 @@ def test_embeddings_have_the_core_s_vectors(en_folder: Path):
             model.fingerprint == core.fingerprint != BGEEmbedding(model_name=en_folder).fingerprint
         )
     assert BGEEmbedding.from_dict(model.to_dict()).long_passages == "window"
+
+
+async def test_two_stages_keep_every_score(
+    reranker_folder: Path, bert_reranker_folder: Path, call: Any
+):
+    first = BGEReranker(model=bert_reranker_folder, top_n=None, keep_retrieval_score=True)
+    second = BGEReranker(model=reranker_folder, top_n=2, keep_retrieval_score=True)
+    once = await call(first, "postprocess_nodes", nodes_of(*TEXTS), query_str=QUERY)
+    twice = await call(second, "postprocess_nodes", once, query_str=QUERY)
+    thrice = await call(first, "postprocess_nodes", twice, query_str=QUERY)
+    scores = {node.node_id: node.score for node in once}
+    later = {node.node_id: node.score for node in twice}
+    assert [len(found) for found in (once, twice, thrice)] == [3, 2, 2]
+    for node in thrice:
+        assert node.metadata == {
+            "retrieval_score": 0.5,
+            "relevance_score_1": scores[node.node_id],
+            "relevance_score_2": later[node.node_id],
+        }
+        assert node.get_content(MetadataMode.LLM) == node.text
+        assert node.get_content(MetadataMode.EMBED) == node.text
+        assert node.score == pytest.approx(scores[node.node_id], abs=1e-6)
+
+
+async def test_a_store_that_demands_flat_metadata_takes_what_was_reranked(
+    bert_reranker_folder: Path, call: Any
+):
+    from llama_index.core.vector_stores.utils import node_to_metadata_dict
+
+    model = BGEReranker(
+        model=bert_reranker_folder,
+        top_n=None,
+        max_length=32,
+        long_passages="window",
+        keep_retrieval_score=True,
+    )
+    given = nodes_of(LONG, TEXTS[1])
+    once = await call(model, "postprocess_nodes", given, query_str=QUERY)
+    for node in await call(model, "postprocess_nodes", once, query_str=QUERY):
+        assert type(node.metadata["relevance_start"]) is type(node.metadata["relevance_end"]) is int
+        flat = node_to_metadata_dict(node.node, flat_metadata=True)
+        assert flat["relevance_end"] == node.metadata["relevance_end"]
+        plain = {"relevance_start", "relevance_end", "retrieval_score", "relevance_score_1"}
+        assert node.metadata.keys() == plain
+        assert node.text == given[int(node.node_id)].text
