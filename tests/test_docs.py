@@ -97,10 +97,15 @@ def test_the_readme_s_commands_for_a_report_run(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     "page", [*PAGES, *sorted(ROOT.glob("[A-Z]*.md"))], ids=lambda page: page.name
 )
-def test_a_page_s_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+def test_a_page_s_links_and_file_names_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), target
+    folders = ("bge_core", "langchain_bge", "tests", "examples", "benchmarks", "docs", "training")
+    files = [file.as_posix() for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    for name in re.findall(r"`([\w/]+\.py)\b", text):
+        assert any(file.endswith(f"/{name}") for file in files), name
 
 
 @pytest.mark.parametrize(
