@@ -2,12 +2,11 @@
 
 The corpus is the language reference that every CPython carries, or your own files with --docs.
 It is split with each framework's own splitter and stored in Qdrant, embedded on disk. Each
-question is answered by the embedder's first 20 passages, reranked by a cross-encoder. The second
-run finds the index and the measurements of the first.
+question is answered by the embedder's first 20 passages, then by the same in a cross-encoder's
+order, side by side. The second run finds the index and the measurements of the first.
 
 With a model hub at hand:
-    python examples/ask_python_docs.py --embedder BAAI/bge-small-en-v1.5 \
-        --reranker BAAI/bge-reranker-base
+    python examples/ask_python_docs.py --models bge
 """
 
 from __future__ import annotations
@@ -18,27 +17,44 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import corpora
 import stand_in
-from hosts import HOSTS, Hit, Host
+from hosts import HOSTS, Host, distinct
+from page import side_by_side
 from qdrant_client import QdrantClient
-from quality import FIRST, Row, measure, read_questions, table
+from quality import DEPTH, FIRST, Row, measure, read_questions, table
 from rich.console import Console
-from rich.table import Table
 
-from bge_core import Embedder
+from bge_core import CheckpointError, Embedder, Reranker
 
-SHOWN = 5
 QUESTIONS = (
     "How do I run cleanup code even when my function raises?",
     "Why does my default list argument keep its values between calls?",
     "What is the difference between is and ==?",
 )
+# What `--models bge` takes from the hub, and how much of it.
+BGE = {"BAAI/bge-small-en-v1.5": "135 MB", "BAAI/bge-reranker-base": "1.1 GB"}
+CHARACTERS_A_SECOND = 10_000  # what the stand-in embeds on two CPU cores
+
+
+@dataclass(frozen=True)
+class Models:
+    """What searches and reranks.
+
+    Attributes:
+        embedder: A hub id or folder.
+        reranker: A hub id or folder.
+        instruction: Put in front of questions; None for the checkpoint's own.
+    """
+
+    embedder: str
+    reranker: str
+    instruction: str | None
 
 
 def main() -> None:
@@ -50,25 +66,33 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Payload indexes have no effect in the local Qdrant")
     started = time.perf_counter()
     corpus = corpora.folder(options.docs) if options.docs else corpora.python_reference()
-    embedder = options.embedder or str(stand_in.embedder_folder())
-    reranker = options.reranker or str(stand_in.reranker_folder())
-    # The stand-in was trained without an instruction; a BGE checkpoint has its own.
-    instruction = None if options.embedder else ""
-    client = _client(options.store)
-    console.print(f"Searching [bold]{corpus.title}[/bold], {len(corpus.texts)} documents.")
     names = list(HOSTS) if options.host == "both" else [options.host]
-    hosts: list[Host] = [
-        HOSTS[name](corpus, client, embedder=embedder, reranker=reranker, instruction=instruction)
-        for name in names
-    ]
+    measured = not options.docs and not options.question
+    console.print(f"Searching [bold]{corpus.title}[/bold], {len(corpus.texts)} documents.")
+    console.print(_expected(corpus, len(names), measured=measured))
+    models = _models(options, console)
+    client = _client(options.store)
+    hosts: list[Host] = []
+    for name in names:
+        with console.status(f"{name}: loading"):
+            host: Host = HOSTS[name](
+                corpus,
+                client,
+                embedder=models.embedder,
+                reranker=models.reranker,
+                instruction=models.instruction,
+            )
+            host.rerank("warm up", host.search("warm up", 1))  # what is shown is the steady time
+        console.print(f"{host.name} is ready after {time.perf_counter() - started:.0f} s.")
+        hosts.append(host)
     for question in _questions(options, console):
         for host in hosts:
-            hits = host.search(question, FIRST)
-            console.print(_table(host.name, question, host.rerank(question, hits)))
-    if not options.docs and not options.question:
+            _ask(host, question, console)
+    if measured:
         key = f"{corpus.key()}-{hosts[0].name}-{hosts[0].fingerprint}"
-        instructed = Embedder(embedder, query_instruction=instruction).query_instruction
-        console.print(table(_measured(hosts[0], key, corpus.title, instructed)))
+        instructed = Embedder(models.embedder, query_instruction=models.instruction)
+        rows = _measured(hosts[0], key, corpus.title, instructed.query_instruction)
+        console.print(table(rows))
     console.print(f"Done in {time.perf_counter() - started:.0f} seconds.")
     client.close()
 
@@ -78,8 +102,14 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--docs", type=Path, help="a folder of .md, .txt and .rst files")
-    parser.add_argument("--embedder", help="a hub id or folder (default: the PyPI stand-in)")
-    parser.add_argument("--reranker", help="a hub id or folder (default: the PyPI stand-in's)")
+    parser.add_argument(
+        "--models",
+        choices=["stand-in", "bge"],
+        default="stand-in",
+        help=f"the PyPI stand-in, or {' and '.join(BGE)} from the hub (default: the stand-in)",
+    )
+    parser.add_argument("--embedder", help="a hub id or folder, in place of that of --models")
+    parser.add_argument("--reranker", help="a hub id or folder, in place of that of --models")
     parser.add_argument("--host", choices=[*HOSTS, "both"], default="both")
     parser.add_argument("--question", action="append", help="your question; may be repeated")
     parser.add_argument(
@@ -88,6 +118,74 @@ def _options() -> argparse.Namespace:
         help="a folder for the embedded Qdrant, or a server's URL",
     )
     return parser.parse_args()
+
+
+def _expected(corpus: corpora.Corpus, hosts: int, *, measured: bool) -> str:
+    """Say how long it takes, on two CPU cores and with the stand-in."""
+    characters = hosts * sum(len(text.text) for text in corpus.texts)
+    seconds = 10 + characters / CHARACTERS_A_SECOND + (30 if measured else 0)
+    return (
+        f"The first time it takes about {10 * round(seconds / 10)} seconds with the stand-in, to "
+        "embed them all; after that about 10. Larger models take longer."
+    )
+
+
+def _models(options: argparse.Namespace, console: Console) -> Models:
+    """Choose the models, and get them from the hub where that was asked for."""
+    if options.models == "bge":
+        embedder, reranker = BGE
+        embedder, reranker = options.embedder or embedder, options.reranker or reranker
+        if failed := _fetch(embedder, reranker, console):
+            console.print(f"[yellow]The stand-in searches and reranks instead: {failed}[/]")
+        else:
+            return Models(embedder, reranker, None)
+    with console.status("preparing the stand-in's reranker"):
+        return Models(
+            options.embedder or str(stand_in.embedder_folder()),
+            options.reranker or str(stand_in.reranker_folder()),
+            # The stand-in was trained without an instruction; a BGE checkpoint has its own.
+            None if options.embedder else "",
+        )
+
+
+def _fetch(embedder: str, reranker: str, console: Console) -> str:
+    """Load both models once; give why that can't be done, or an empty string."""
+    from huggingface_hub import try_to_load_from_cache
+
+    missing = {
+        model: size
+        for model, size in BGE.items()
+        if model in (embedder, reranker) and not try_to_load_from_cache(model, "config.json")
+    }
+    if missing:
+        sizes = ", ".join(f"{model} ({size})" for model, size in missing.items())
+        console.print(f"From the hub, once: {sizes}.")
+    try:
+        Embedder(embedder).fingerprint  # noqa: B018
+        Reranker(reranker).fingerprint  # noqa: B018
+    except CheckpointError as exc:
+        return str(exc).partition(". ")[0] + "."
+    return ""
+
+
+def _ask(host: Host, question: str, console: Console) -> None:
+    started = time.perf_counter()
+    found = host.search(question, DEPTH)
+    searched = time.perf_counter()
+    hits = distinct(found)[:FIRST]
+    ready = time.perf_counter()
+    reranked = host.rerank(question, hits)
+    ended = time.perf_counter()
+    console.print(
+        side_by_side(
+            f"{host.name}: {question}",
+            question,
+            hits,
+            reranked,
+            search_ms=1000 * (searched - started),
+            rerank_ms=1000 * (ended - ready),
+        )
+    )
 
 
 def _questions(options: argparse.Namespace, console: Console) -> Iterator[str]:
@@ -103,24 +201,6 @@ def _questions(options: argparse.Namespace, console: Console) -> Iterator[str]:
 def _client(store: str) -> QdrantClient:
     # Moving to a server is a URL.
     return QdrantClient(url=store) if "://" in store else QdrantClient(path=store)
-
-
-def _table(host: str, question: str, hits: Sequence[Hit]) -> Table:
-    table = Table(title=f"{host}: {question}", title_justify="left", expand=True)
-    for heading in ("rank", "before", "relevance", "cosine"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("document", no_wrap=True)
-    table.add_column("passage", ratio=1)
-    for rank, hit in enumerate(hits[:SHOWN], start=1):
-        table.add_row(
-            str(rank),
-            str(hit.place),
-            f"{hit.relevance:.3f}",
-            f"{hit.similarity:.3f}",
-            hit.name,
-            " ".join(hit.text.split())[:160],
-        )
-    return table
 
 
 def _measured(host: Host, key: str, title: str, instruction: str) -> list[Row]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,3 +68,34 @@ def folder(path: Path) -> Corpus:
         msg = f"{path} has no {', '.join(SUFFIXES)} files with text in them."
         raise SystemExit(msg)
     return Corpus(str(path), texts)
+
+
+def near_duplicates(texts: Sequence[str], *, share: float = 0.7, run: int = 3) -> list[int]:
+    """Find the texts that say what an earlier one says.
+
+    Args:
+        texts: Passages.
+        share: How many of the shorter one's runs of words two of them must have in common.
+        run: Words in a run.
+
+    Returns:
+        For each text the position of the first one that is nearly the same, often its own.
+    """
+    first: list[int] = []
+    holders: dict[tuple[str, ...], list[int]] = {}
+    sizes: dict[int, int] = {}
+    for number, text in enumerate(texts):
+        words = re.findall(r"\w+", text.lower())
+        runs = set(zip(*(words[start:] for start in range(run)), strict=False)) or {tuple(words)}
+        shared = Counter(holder for one in runs for holder in holders.get(one, ()))
+        same = [
+            holder
+            for holder, count in shared.items()
+            if count >= share * min(len(runs), sizes[holder])
+        ]
+        first.append(min(same, default=number))
+        if not same:
+            sizes[number] = len(runs)
+            for one in runs:
+                holders.setdefault(one, []).append(number)
+    return first

@@ -45,7 +45,7 @@ MTEB_NAMES = {"nDCG@10": "ndcg_at_10", "MRR@10": "mrr_at_10", "recall@100": "rec
 def on_passages(
     data: str,
     questions: Questions,
-    passages: Sequence[tuple[str, str]],
+    passages: Sequence[tuple[Sequence[str], str]],
     *,
     embedders: Mapping[str, Embedder],
     reranker: Scorer | None,
@@ -56,7 +56,8 @@ def on_passages(
     Args:
         data: What they are, for people.
         questions: Questions and what answers them.
-        passages: (name, text) of each passage; several passages may have one name.
+        passages: (names, text) of each passage: the documents in which it stands. Several passages
+            may stand in one document.
         embedders: Instruction to an embedder that puts it in front of queries; all of one model.
         reranker: Puts what was found in its order; None for no such rows.
         first: How many of each question's passages it gets.
@@ -143,20 +144,25 @@ def on_task(
     return [Row(name, count, *row) for row in reached]
 
 
-def python_passages() -> list[tuple[str, str]]:
-    """Give (topic, passage) of the language reference."""
+def python_passages() -> list[tuple[tuple[str, ...], str]]:
+    """Give (topics, passage) of the language reference, what stands under several topics once."""
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
     splitter = RecursiveCharacterTextSplitter(chunk_size=CHUNK_CHARACTERS, chunk_overlap=60)
-    return [
+    parts = [
         (text.name, part)
         for text in corpora.python_reference().texts
         for part in splitter.split_text(text.text)
     ]
+    topics: dict[int, dict[str, None]] = {}
+    firsts = corpora.near_duplicates([part for _, part in parts])
+    for (topic, _), first in zip(parts, firsts, strict=True):
+        topics.setdefault(first, {})[topic] = None
+    return [(tuple(names), parts[first][1]) for first, names in topics.items()]
 
 
 def _search(
-    queries: NDArray[np.float32], vectors: NDArray[np.float32], names: Sequence[str]
+    queries: NDArray[np.float32], vectors: NDArray[np.float32], names: Sequence[Sequence[str]]
 ) -> Iterator[list[int]]:
     """Give the rows of each query's nearest passages, until 100 documents are among them."""
     for start in range(0, len(queries), BLOCK):
@@ -165,14 +171,16 @@ def _search(
             rows: list[int] = []
             documents: set[str] = set()
             for row in order:
-                documents.add(names[row])
+                documents.update(names[row])
                 if len(documents) > DEPTH:
                     break
                 rows.append(int(row))
             yield rows
 
 
-def _named(rankings: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[str, list[str]]:
+def _named(
+    rankings: Mapping[str, Sequence[int]], names: Sequence[Sequence[str]]
+) -> dict[str, list[Sequence[str]]]:
     return {number: [names[row] for row in rows] for number, rows in rankings.items()}
 
 
@@ -181,6 +189,11 @@ def _scores(result: TaskResult) -> dict[str, float]:
         name: 100 * float(result.get_score(getter=itemgetter(key)))
         for name, key in MTEB_NAMES.items()
     }
+
+
+def _beir(folder: Path) -> tuple[Questions, list[tuple[tuple[str, ...], str]]]:
+    questions, passages = read_beir(folder)
+    return questions, [((name,), text) for name, text in passages]
 
 
 def _tasks(names: Sequence[str]) -> list[AbsTask]:
@@ -228,7 +241,7 @@ def main() -> None:
     embedders = {one.query_instruction: one for one in (plain, instructed)}
     reranker = options.reranker or (None if options.model else str(stand_in.reranker_folder()))
     scorer = make_scorer(reranker, normalize=False) if reranker else None
-    sets = [(folder.resolve().name, *read_beir(folder)) for folder in options.data]
+    sets = [(folder.resolve().name, *_beir(folder)) for folder in options.data]
     tasks = _tasks(options.tasks) if options.tasks else []
     if not sets and not tasks:
         sets.append(("the Python reference", read_questions(), python_passages()))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from corpora import Corpus
+from corpora import Corpus, near_duplicates
 from qdrant_client import QdrantClient
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ class Hit:
         similarity: The embedder's cosine.
         name: The document that it is from.
         text: The passage.
+        also: Further documents in which it stands, nearly word for word.
         relevance: The reranker's score, from 0 to 1; None before reranking.
     """
 
@@ -32,7 +33,31 @@ class Hit:
     similarity: float
     name: str
     text: str
+    also: tuple[str, ...] = ()
     relevance: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All documents in which it stands."""
+        return (self.name, *self.also)
+
+
+def distinct(hits: Sequence[Hit]) -> list[Hit]:
+    """Leave out what an earlier hit says nearly word for word, and note where that stands, too.
+
+    Args:
+        hits: Passages, best first.
+
+    Returns:
+        The first of each, their places counted anew.
+    """
+    kept: dict[int, Hit] = {}
+    for hit, first in zip(hits, near_duplicates([hit.text for hit in hits]), strict=True):
+        if first not in kept:
+            kept[first] = replace(hit, place=len(kept) + 1)
+        elif hit.name not in kept[first].names:
+            kept[first] = replace(kept[first], also=(*kept[first].also, hit.name))
+    return list(kept.values())
 
 
 class Host(Protocol):
@@ -200,5 +225,4 @@ def _stored(client: QdrantClient, collection: str) -> int:
 
 
 def _scored(hits: Sequence[Hit], place: int, relevance: float | None) -> Hit:
-    hit = hits[place - 1]
-    return Hit(hit.place, hit.similarity, hit.name, hit.text, relevance)
+    return replace(hits[place - 1], relevance=relevance)

@@ -66,7 +66,8 @@ def measure(
         for number, question in tqdm(questions.texts.items(), desc=label, unit="question")
     }
     first = [ranked[0] in questions.relevant[number] for number, ranked in rankings.items()]
-    return [f"{100 * np.mean(first):.1f}", f"{figures(questions, rankings)['nDCG@10']:.1f}"]
+    passages = {number: [(name,) for name in ranked] for number, ranked in rankings.items()}
+    return [f"{100 * np.mean(first):.1f}", f"{figures(questions, passages)['nDCG@10']:.1f}"]
 
 
 def by_embedder(embedder: Embedder, passages: Mapping[str, str]) -> Rank:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import ir_measures
-from hosts import Hit
+from hosts import Hit, distinct
 from ir_measures import RR, R, nDCG
 from rich.table import Table
 from tqdm import tqdm
@@ -120,20 +120,44 @@ def read_beir(folder: Path) -> tuple[Questions, list[tuple[str, str]]]:
     return Questions({query: texts[query] for query in relevant}, relevant), passages
 
 
-def figures(questions: Questions, rankings: Mapping[str, Iterable[str]]) -> dict[str, float]:
+def figures(
+    questions: Questions, rankings: Mapping[str, Iterable[Sequence[str]]]
+) -> dict[str, float]:
     """Give each metric in percent.
 
     Args:
         questions: Questions and what answers them.
-        rankings: Question id to names of documents, best first. A document ranks where its best
-            passage does: of equal names the first counts.
+        rankings: Question id to passages, best first, each as the names of the documents in which
+            it stands. A document ranks where its best passage does.
     """
     run = {
-        question: {name: 1.0 / place for place, name in enumerate(dict.fromkeys(names), start=1)}
-        for question, names in rankings.items()
+        question: {
+            name: 1.0 / place
+            for place, name in enumerate(documents(passages, questions.relevant[question]), start=1)
+        }
+        for question, passages in rankings.items()
     }
     found = ir_measures.calc_aggregate(METRICS.values(), questions.relevant, run)
     return {name: 100 * found[metric] for name, metric in METRICS.items()}
+
+
+def documents(passages: Iterable[Sequence[str]], relevant: Container[str]) -> list[str]:
+    """Turn a ranking of passages into one of documents.
+
+    A passage that stands in several documents counts for each that answers the question. Where
+    none does, it takes one place, as it takes one line of a result page.
+
+    Args:
+        passages: Best first, each as the names of the documents in which it stands.
+        relevant: The names of the documents that answer the question.
+    """
+    ranked: dict[str, None] = {}
+    seen: set[str] = set()
+    for names in passages:
+        new = [name for name in dict.fromkeys(names) if name not in seen]
+        ranked |= dict.fromkeys([name for name in new if name in relevant] or new[:1])
+        seen.update(new)
+    return list(ranked)
 
 
 def measure(
@@ -147,13 +171,13 @@ def measure(
         data: What is searched, for people.
         instruction: What the retriever puts in front of questions.
     """
-    before: dict[str, list[str]] = {}
-    after: dict[str, list[str]] = {}
+    before: dict[str, list[tuple[str, ...]]] = {}
+    after: dict[str, list[tuple[str, ...]]] = {}
     for number, question in tqdm(questions.texts.items(), desc="measuring", unit="question"):
-        hits = search.search(question, DEPTH)
+        hits = distinct(search.search(question, DEPTH))
         reranked = [*search.rerank(question, hits[:FIRST]), *hits[FIRST:]]
-        before[number] = [hit.name for hit in hits]
-        after[number] = [hit.name for hit in reranked]
+        before[number] = [hit.names for hit in hits]
+        after[number] = [hit.names for hit in reranked]
     count = len(questions.texts)
     return (
         Row(data, count, instruction, 0, figures(questions, before)),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -43,11 +45,90 @@ def test_the_demo_answers_from_a_folder_in_both_frameworks(tmp_path):
         done = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         langchain, _, llamaindex = done.stdout.partition("LlamaIndex:")
-        for shown in (langchain.partition("LangChain:")[2], llamaindex):
+        for shown in (langchain.partition("LangChain: Which")[2], llamaindex):
             best = next(line for line in shown.splitlines() if "paris.txt" in line)
             assert best.split()[1] == "1", shown
+            assert best.count("paris.txt") == 2, shown  # first on both sides
+            assert re.search(r"search \d+ ms, reranking 2 passages \d+ ms", shown), shown
         assert "skipped.py" not in done.stdout
     assert "indexing" not in done.stderr
+
+
+def test_the_demo_takes_the_stand_in_where_the_hub_gives_no_bge(tmp_path):
+    (tmp_path / "cats.md").write_text("Cats purr when they are content.")
+    command = [sys.executable, EXAMPLES / "ask_python_docs.py", "--docs", tmp_path]
+    command += ["--models", "bge", "--host", "langchain", "--question", "Why do cats purr?"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(EXAMPLES.parent),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "empty"),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "BAAI/bge-small-en-v1.5 (135 MB), BAAI/bge-reranker-base (1.1 GB)" in said
+    assert "The stand-in searches and reranks instead: model='BAAI/bge-small-en-v1.5'" in said
+    assert "HF_HUB_OFFLINE=1 forbids a download" in said
+    assert "Traceback" not in done.stderr
+    assert "cats.md" in said.partition("found by the embedder")[2]
+
+
+def test_the_page_marks_moves_and_shows_whole_sentences():
+    from hosts import Hit
+    from page import excerpt, moved, side_by_side
+    from rich.console import Console
+
+    text = (
+        "and so the first one ends. Cats sleep all day, e.g. on a sofa. A dog barks at strangers. "
+        "Nobody knows why the cat from next door purrs. It is content."
+    )
+    assert (
+        excerpt(text, "why does a cat purr from time to time", 60)
+        == ("Nobody knows why the cat from next door purrs. It is content."[:46])
+    )
+    assert excerpt(text, "what do cats do", 200).startswith(
+        "Cats sleep all day, e.g. on a sofa. A dog"
+    )
+    assert excerpt("Cats\n****\n\nThey **purr**.", "cats") == "Cats. They purr."
+    endless = excerpt("word " * 200, "word")
+    assert len(endless) < 350
+    assert endless.endswith("word …")
+    assert [moved(2, before) for before in (2, 9, 1)] == [
+        "[dim]=[/]", "[bold green]▲ from 9[/]", "[red]▼ from 1[/]",
+    ]  # fmt: skip
+    hits = [Hit(place, 0.5, f"topic{place}", f"Text {place}.") for place in (1, 2, 3)]
+    table = side_by_side("A title", "q?", hits, hits[::-1], search_ms=12.4, rerank_ms=345.0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    first = next(line for line in lines if line.startswith("│ 1"))
+    assert first.index("topic1") < first.index("▲ from 3") < first.index("topic3")
+    assert any("search 12 ms, reranking 3 passages 345 ms" in line for line in lines)
+
+
+def test_near_duplicates_are_one_passage_with_all_its_topics():
+    from corpora import near_duplicates
+    from hosts import Hit, distinct
+    from quality import documents
+
+    long = (
+        "the quick brown fox jumps over the lazy dog and then it sleeps in the warm afternoon sun"
+    )
+    changed = long.replace("warm afternoon", "cold evening")
+    texts = [long, "Something else altogether, at length.", long.upper() + "!", changed, long[:40]]
+    assert near_duplicates(texts) == [0, 1, 0, 0, 0]
+    assert near_duplicates(["Yes.", "No.", "yes"]) == [0, 1, 0]
+    stands_in = zip("abca", texts[:4], strict=True)
+    hits = [Hit(place, 0.5, name, text) for place, (name, text) in enumerate(stands_in, start=1)]
+    merged = distinct(hits)
+    assert [(hit.place, hit.names, hit.text) for hit in merged] == [
+        (1, ("a", "c"), long), (2, ("b",), texts[1]),
+    ]  # fmt: skip
+    # A passage counts for each topic that answers; one that answers nothing takes one place.
+    assert documents([("x", "y"), ("a", "b", "c"), ("y",), ("c", "z")], {"a", "c"}) == [
+        "x", "a", "c", "z",
+    ]  # fmt: skip
 
 
 def test_the_demo_s_reranker_is_an_ordinary_checkpoint():
