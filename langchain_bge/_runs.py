@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from langchain_core.documents import Document
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -21,11 +21,21 @@ if TYPE_CHECKING:
 
     from langchain_core.callbacks import Callbacks
 
-    from langchain_bge.reranker import BGEReranker
-
 __all__ = ["RerankRunnable", "arerank_run", "config_of", "rerank_run"]
 
 Inputs = dict[str, Any]
+
+
+class Compressor(Protocol):
+    """What a step of a chain needs of a reranker: to rerank as one run."""
+
+    def _compress(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, name: str
+    ) -> list[Document]: ...
+
+    async def _acompress(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, name: str
+    ) -> list[Document]: ...
 
 
 def config_of(callbacks: Callbacks | None) -> RunnableConfig:
@@ -84,7 +94,7 @@ class RerankRunnable(Runnable[dict[str, Any], list[Document]]):
     """
 
     def __init__(
-        self, reranker: BGEReranker, *, name: str, query_key: str, documents_key: str
+        self, reranker: Compressor, *, name: str, query_key: str, documents_key: str
     ) -> None:
         self.name = name
         self._reranker = reranker
