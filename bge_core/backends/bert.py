@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bge_core.backends.loading import out_of_memory_error
+from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.packing import attend, attend_first
 from bge_core.checkpoints.files import weight_files
 
@@ -175,9 +176,9 @@ def load_bert(
             {name: tensor.to(device, dtype, copy=True) for name, tensor in weights.items()},
             assign=True,
         )
-    except torch.OutOfMemoryError as exc:
-        raise out_of_memory_error(checkpoint.name, device) from exc
-    except Exception as exc:  # noqa: BLE001 -- transformers reads it again, and says what is wrong
+    except Exception as exc:
+        if is_out_of_memory(exc):
+            raise out_of_memory_error(checkpoint.name, device) from exc
         logger.debug("%r is left to transformers: %s", checkpoint.name, exc)
         return None
     return model.eval().requires_grad_(requires_grad=False)

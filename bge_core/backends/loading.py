@@ -208,7 +208,13 @@ def no_progress_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _unreadable(checkpoint: Checkpoint, what: str, error: Exception) -> CheckpointError:
+def _unreadable(
+    checkpoint: Checkpoint, what: str, error: Exception
+) -> CheckpointError | ComputationError:
+    from bge_core.backends.memory import is_out_of_memory
+
+    if any(is_out_of_memory(exc) for exc in _chain(error)):
+        return out_of_memory_error(checkpoint.name, "cpu")
     if "trust_remote_code" in str(error):
         msg = (
             f"{checkpoint.name!r} carries Python code of its own for its {what}, which was not "

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from bge_core.backends.base import padded_inputs, takes_types
-from bge_core.backends.loading import load_model
+from bge_core.backends.loading import load_model, out_of_memory_error
+from bge_core.backends.memory import is_out_of_memory
 from bge_core.errors import CheckpointError, needs_extra
 
 if TYPE_CHECKING:
@@ -179,6 +180,8 @@ def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str |
             warnings.simplefilter("ignore")
             return openvino.convert_model(_Rows(model, pooling), example_input=example)
     except Exception as exc:
+        if is_out_of_memory(exc):
+            raise out_of_memory_error(checkpoint.name, "cpu") from exc
         msg = f"OpenVINO can't convert {checkpoint.name!r} ({exc}): pass backend='torch'."
         raise CheckpointError(msg) from exc
 

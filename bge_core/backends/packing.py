@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
     from bge_core.tokenizer import TokenSequence
 
-__all__ = ["Pack", "attend", "attend_first", "fill", "round_up_to_bucket"]
+__all__ = [
+    "BatchSize",
+    "Pack",
+    "attend",
+    "attend_first",
+    "next_batch_end",
+    "round_up_to_bucket",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,21 @@ class Pack:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
+@dataclass(slots=True)
+class BatchSize:
+    """How much is in a batch that is being filled.
+
+    Attributes:
+        total: Tokens of all sequences.
+        longest: Tokens of the longest.
+        count: How many sequences.
+    """
+
+    total: int = 0
+    longest: int = 0
+    count: int = 0
+
+
 def round_up_to_bucket(rows: int) -> int:
     """Round a number of rows up, by less than an eighth and by 63 at most.
 
@@ -133,29 +155,36 @@ def round_up_to_bucket(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def fill(
-    lengths: Sequence[int], *, start: int, room: int, padded: bool, beside: Sequence[int] = ()
+def next_batch_end(
+    lengths: Sequence[int], *, start: int, limit: int, padded: bool, packed: BatchSize | None = None
 ) -> int:
-    """Say how far a pack that starts at `start` may go.
+    """Say how far a batch that goes on at `start` may go.
 
     Args:
         lengths: Sequence lengths, sorted.
-        start: Index of the pack's first sequence; alone, it always fits.
-        room: Tokens that the pack may have.
+        start: Index of the first sequence to add; alone in its batch, it always fits.
+        limit: Tokens that the batch may have.
         padded: Whether each sequence costs as much as the longest.
-        beside: Lengths of what is in the pack already.
+        packed: What is in the batch already; what is added is counted there. None for nothing.
 
     Returns:
-        The index after the pack's last sequence.
+        The index after the last sequence that fits.
     """
-    total, longest, count = sum(beside), max(beside, default=0), len(beside)
+    size = BatchSize() if packed is None else packed
+    total, longest, count = size.total, size.longest, size.count
+    end = start
     for end in range(start, len(lengths)):
-        total += lengths[end]
-        longest = max(longest, lengths[end])
+        length = lengths[end]
+        more = max(longest, length)
+        if count and (more * (count + 1) if padded else total + length) > limit:
+            break
+        total += length
+        longest = more
         count += 1
-        if (longest * count if padded else total) > room and count > 1:
-            return end
-    return len(lengths)
+    else:
+        end = max(start, len(lengths))
+    size.total, size.longest, size.count = total, longest, count
+    return end
 
 
 def attend(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from bge_core.backends.base import default_budget, padded_inputs, takes_types, to_numpy
-from bge_core.backends.loading import no_progress_bars
+from bge_core.backends.loading import no_progress_bars, out_of_memory_error
+from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.packing import Pack
 from bge_core.checkpoints.trust import reject_remote_classes
 from bge_core.errors import CheckpointError
@@ -88,6 +89,8 @@ def load_sentence_transformers(
                 model_kwargs={"dtype": getattr(torch, dtype)},
             )
     except Exception as exc:
+        if is_out_of_memory(exc):
+            raise out_of_memory_error(checkpoint.name, device) from exc
         msg = (
             f"sentence-transformers can't load {checkpoint.name!r}, whose modules go beyond "
             f"transformer, pooling and normalisation: {exc}"

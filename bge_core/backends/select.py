@@ -11,6 +11,7 @@ from bge_core.backends.base import POOLS, default_budget, identity, pooled, take
 from bge_core.backends.bert import load_bert
 from bge_core.backends.loading import load_model, out_of_memory_error
 from bge_core.backends.m3_heads import M3Heads
+from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.onednn import prepack_linear_weights
 from bge_core.backends.output_cache import OutputCache
 from bge_core.backends.packed import PackedRunner, PooledHead
@@ -58,7 +59,9 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
     model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust)
     try:
         model.to(place)
-    except torch.OutOfMemoryError as exc:
+    except Exception as exc:
+        if not is_out_of_memory(exc):
+            raise
         raise out_of_memory_error(checkpoint.name, device) from exc
     encoder = model if kind == "embedder" else model.base_model
     # A decoder would keep keys and values for the tokens that nobody will generate.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from bge_core import arguments
+from bge_core.engine.progress import progress_bar
 from bge_core.errors import ComputationError
 from bge_core.tokenizer import TokenSequence
 
@@ -123,21 +122,3 @@ def non_finite_error(model: str, which: str) -> ComputationError:
         "Pass dtype='float32' or dtype='bfloat16'; if that is what runs, the weights are damaged."
     )
     return ComputationError(msg)
-
-
-@contextmanager
-def progress_bar(
-    total: int | None, *, show: bool, unit: str = "text"
-) -> Iterator[Callable[[int], None] | None]:
-    """Give the function that moves a progress bar on, or None where none is shown."""
-    if not arguments.flag("show_progress", show):
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit=unit) as bar:
-
-        def move(count: int) -> None:
-            bar.update(count)
-
-        yield move

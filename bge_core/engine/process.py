@@ -42,8 +42,8 @@ def lower_thread_priority() -> None:
     """Let the queries of this process come first on a busy CPU: threads inherit the niceness."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        nice = os.getpriority(os.PRIO_PROCESS, thread) + _BULK_NICENESS
         with contextlib.suppress(OSError):  # a sandbox may forbid it
+            nice = os.getpriority(os.PRIO_PROCESS, thread) + _BULK_NICENESS
             os.setpriority(os.PRIO_PROCESS, thread, min(nice, 19))
 
 

@@ -7,6 +7,7 @@ such as an index build, never delays interactive work.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bge_core.backends.packing import fill
+from bge_core.backends.memory import free_cached_memory, is_out_of_memory
+from bge_core.backends.packing import BatchSize, next_batch_end
 from bge_core.engine.process import (
     at_exit,
     is_exiting,
@@ -42,6 +44,13 @@ Rows = list[Any]
 
 # After background work the heap goes back to the system once no more came for so long.
 _IDLE_SECONDS = 1.0
+# Packs that have to succeed before a limit that an out-of-memory error set is doubled. A limit
+# that turns out too high again waits for twice as many, up to so many.
+_GOOD_PACKS = 16
+_MOST_GOOD_PACKS = 1024
+# A limit falls to no less; a pack that has less and doesn't fit is cut all the same.
+_LEAST_TOKENS = 64
+_UNLIMITED = 1 << 60
 
 
 class _Job:
@@ -55,6 +64,7 @@ class _Job:
         "caller",
         "cursor",
         "future",
+        "gone",
         "lengths",
         "order",
         "progress",
@@ -77,6 +87,8 @@ class _Job:
         self.progress = progress
         self.rows: Rows = [None] * len(sequences)
         self.future: Future[Rows] = Future()
+        # Nobody waits any more: it was cancelled, or a part of it failed.
+        self.gone = False
         self._left = len(sequences)
         self._lock = threading.Lock()
 
@@ -87,20 +99,30 @@ class _Job:
                 self.rows[index] = row
             self._left -= len(indices)
             done = not self._left
-        if self.progress is not None:
-            self.progress(len(indices))
+        self._report(len(indices))
         if done:
             self._finish(lambda: self.future.set_result(self.rows))
 
+    def _report(self, count: int) -> None:
+        """Call the caller's own function, whose failure is nobody's: it is not called again."""
+        if self.progress is None:
+            return
+        try:
+            self.progress(count)
+        except BaseException as exc:  # noqa: BLE001 -- this is a worker, and others wait for it
+            self.progress = None
+            _log(logging.WARNING, "A progress callback failed and is called no more: %r", exc)
+
     def fail(self, error: BaseException) -> None:
         """Hand the caller an error, unless it has gone."""
+        self.gone = True
         self._finish(lambda: self.future.set_exception(error))
 
     def _finish(self, settle: Callable[[], None]) -> None:
         try:
             settle()
         except InvalidStateError:
-            logger.debug("A caller had left before its work was done.")
+            _log(logging.DEBUG, "A caller had left before its work was done.")
 
 
 _Entry = tuple[_Job, int, "TokenSequence"]
@@ -110,13 +132,57 @@ def _jobs(pack: Sequence[_Entry]) -> Iterable[_Job]:
     return {id(entry[0]): entry[0] for entry in pack}.values()
 
 
+def _log(level: int, message: str, *arguments: object) -> None:
+    """Log from a worker: a handler or filter of the user's that raises must not end it."""
+    with contextlib.suppress(Exception):
+        logger.log(level, message, *arguments)
+
+
+class _TokenLimit:
+    """How many tokens a pack on one device may have: less after it ran out of memory.
+
+    Another process may have taken the memory for a while, so the limit grows again. Both
+    priorities' workers use it without a lock: a step that is lost is made by the next pack.
+    """
+
+    __slots__ = ("_failed", "_good", "_grown", "_patience", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = _UNLIMITED
+        self._failed = 0
+        self._good = 0
+        self._grown = False
+        self._patience = _GOOD_PACKS
+
+    def lower(self, failed: int) -> None:
+        """Note that so many tokens didn't fit."""
+        if self._grown:
+            self._patience = min(2 * self._patience, _MOST_GOOD_PACKS)
+        self._grown, self._good = False, 0
+        self._failed = max(self._failed, failed)
+        self.tokens = min(self.tokens, max(failed // 2, _LEAST_TOKENS))
+
+    def succeed(self, tokens: int) -> None:
+        """Note that so many tokens fitted; small packs say nothing of the limit."""
+        if self.tokens == _UNLIMITED or 2 * tokens < min(self.tokens, self._failed):
+            return
+        self._good += 1
+        if self._good < self._patience:
+            return
+        self._grown, self._good = True, 0
+        self.tokens *= 2
+        if self.tokens > self._failed:
+            self.tokens, self._failed, self._patience = _UNLIMITED, 0, _GOOD_PACKS
+
+
 class _Workers:
     """What the worker threads share; it must not refer to the engine, so that that can die."""
 
     def __init__(self, runners: Mapping[Priority, Sequence[Runner]], name: str) -> None:
         self.runners = dict(runners)
         self.name = name
-        self.ceilings = [1 << 60] * max(len(priority) for priority in runners.values())
+        devices = max(len(priority) for priority in runners.values())
+        self.token_limits = [_TokenLimit() for _ in range(devices)]
         self.closed = False
         self.forked = False
         self._start_over()
@@ -142,12 +208,13 @@ class _Workers:
             self.ready.notify_all()
         # Weakly: a job and its future that know each other would wait for the garbage collector.
         mine = weakref.ref(job)
-        job.future.add_done_callback(lambda future: self._forget(future, mine(), priority))
+        job.future.add_done_callback(lambda future: self._drop_cancelled(future, mine(), priority))
 
-    def _forget(self, future: Future[Rows], job: _Job | None, priority: Priority) -> None:
+    def _drop_cancelled(self, future: Future[Rows], job: _Job | None, priority: Priority) -> None:
         """Let go of what was cancelled before its turn, which may be far away."""
         if job is None or not future.cancelled():
             return
+        job.gone = True
         with self.ready:
             jobs = self.waiting[priority].get(job.caller)
             if jobs is not None and job in jobs:
@@ -179,20 +246,21 @@ class _Workers:
             runner = self.runners[priority][index]
         if priority == "background":
             lower_thread_priority()
+        limit = self.token_limits[index]
         if self.forked:
             # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
             torch.set_num_threads(1)
         idle_since: float | None = None
         while True:
             with self.ready:
-                pack = self._take(priority, runner, self.ceilings[index])
+                pack = self._take(priority, runner, limit.tokens)
                 if not pack:
                     if self.closed:
                         return
                     # Queries wake it, too, and are no reason to rest longer.
                     self.ready.wait(idle_since and max(0.0, idle_since - time.monotonic()))
             if pack:
-                self._run(pack, runner, index)
+                self._run(pack, runner, limit)
                 idle_since = time.monotonic() + _IDLE_SECONDS if priority == "background" else None
             elif idle_since and time.monotonic() >= idle_since:
                 trim_heap()
@@ -200,29 +268,34 @@ class _Workers:
             # Nothing of the pack may outlive it while the worker waits.
             del pack
 
-    def _take(self, priority: Priority, runner: Runner, ceiling: int) -> list[_Entry]:
-        """Fill a pack from the callers that wait, each in its turn; called under the lock."""
+    def _take(self, priority: Priority, runner: Runner, limit: int) -> list[_Entry]:
+        """Fill a pack from the callers that wait, each in its turn; called under the lock.
+
+        `submit` waits for the lock, on an event loop, too: each caller costs a few steps, however
+        many there are.
+        """
         waiting = self.waiting[priority]
+        padded, default_budget = runner.padded, runner.default_budget
         pack: list[_Entry] = []
-        lengths: list[int] = []
-        room = ceiling
-        for _ in range(len(waiting)):
+        size = BatchSize()
+        while waiting:
             caller, jobs = waiting.popitem(last=False)
             taken = len(pack)
             while jobs:
                 job = jobs[0]
-                if job.future.done():
+                if job.gone:
                     jobs.popleft()
                     continue
-                own = min(room, job.budget or runner.default_budget)
-                end = fill(
-                    job.lengths, start=job.cursor, room=own, padded=runner.padded, beside=lengths
+                start = job.cursor
+                own = min(limit, job.budget or default_budget)
+                end = next_batch_end(
+                    job.lengths, start=start, limit=own, padded=padded, packed=size
                 )
-                if end > job.cursor:
-                    room = own
-                pack += ((job, *entry) for entry in job.order[job.cursor : end])
-                lengths += job.lengths[job.cursor : end]
-                job.cursor = end
+                if end > start:
+                    limit = own
+                    for place, sequence in job.order[start:end]:
+                        pack.append((job, place, sequence))
+                    job.cursor = end
                 if end < len(job.order):
                     break
                 jobs.popleft()
@@ -234,23 +307,33 @@ class _Workers:
                 break
         return pack
 
-    def _run(self, pack: list[_Entry], runner: Runner, index: int) -> None:
-        # Queries of several callers come mixed; equal lengths share one attention call.
-        pack.sort(key=lambda entry: len(entry[2]))
-        shortage: BaseException | None = None
+    def _run(self, pack: list[_Entry], runner: Runner, limit: _TokenLimit) -> None:
+        """Compute a pack and hand its rows out; whatever goes wrong is its callers' to hear."""
         try:
-            rows = runner.run([sequence for _, _, sequence in pack])
-            self._hand_out(pack, rows)
-        except torch.OutOfMemoryError as exc:
-            # Its traceback holds every tensor of the failed pass.
-            shortage = exc.with_traceback(None)
+            self._compute(pack, runner, limit)
         except BaseException as exc:  # noqa: BLE001 -- a worker lives on and its callers must hear
             for job in _jobs(pack):
                 job.fail(exc)
-        if shortage is not None:
-            self._shrink(pack, runner, index, shortage)
 
-    def _hand_out(self, pack: list[_Entry], rows: Iterable[Any]) -> None:
+    def _compute(self, pack: list[_Entry], runner: Runner, limit: _TokenLimit) -> None:
+        # Queries of several callers come mixed; equal lengths share one attention call.
+        pack.sort(key=lambda entry: len(entry[2]))
+        lengths = [len(sequence) for _, _, sequence in pack]
+        tokens = lengths[-1] * len(pack) if runner.padded else sum(lengths)
+        try:
+            rows = runner.run([sequence for _, _, sequence in pack])
+        except Exception as exc:
+            if not is_out_of_memory(exc):
+                raise
+            # Its traceback holds every tensor of the failed pass.
+            shortage = exc.with_traceback(None)
+        else:
+            self._scatter_results(pack, rows)
+            limit.succeed(tokens)
+            return
+        self._retry_in_smaller_batches(pack, lengths, tokens, runner, limit, shortage)
+
+    def _scatter_results(self, pack: list[_Entry], rows: Iterable[Any]) -> None:
         done: dict[int, tuple[_Job, list[int], Rows]] = {}
         for (job, place, _), row in zip(pack, rows, strict=True):
             _, places, own = done.setdefault(id(job), (job, [], []))
@@ -259,33 +342,37 @@ class _Workers:
         for job, places, own in done.values():
             job.accept(places, own)
 
-    def _shrink(
-        self, pack: list[_Entry], runner: Runner, index: int, shortage: BaseException
+    def _retry_in_smaller_batches(
+        self,
+        pack: list[_Entry],
+        lengths: Sequence[int],
+        tokens: int,
+        runner: Runner,
+        limit: _TokenLimit,
+        shortage: BaseException,
     ) -> None:
         """Run a pack that was too large in parts, and remember the smaller size."""
-        tokens = sum(len(sequence) for _, _, sequence in pack)
         if len(pack) == 1:
             msg = (
                 f"{self.name!r} ran out of memory on one text of {tokens} tokens: pass a smaller "
                 "max_length or dtype='float16', or free memory on the device."
             )
-            failure = ComputationError(msg)
-            failure.__cause__ = shortage
-            pack[0][0].fail(failure)
-            return
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.ceilings[index] = min(self.ceilings[index], max(tokens // 2, 1))
-        logger.warning(
-            "Out of memory on a pack of %d tokens: going on with %d.", tokens, self.ceilings[index]
+            raise ComputationError(msg) from shortage
+        free_cached_memory()
+        trim_heap()
+        limit.lower(tokens)
+        _log(
+            logging.WARNING,
+            "Out of memory on a pack of %d tokens: going on with %d.",
+            tokens,
+            limit.tokens,
         )
-        lengths = [len(sequence) for _, _, sequence in pack]
         start = 0
         while start < len(pack):
-            # The ceiling may fall while the parts run. A part is smaller than the whole.
-            room = min(self.ceilings[index], tokens - 1)
-            end = fill(lengths, start=start, room=room, padded=runner.padded)
-            self._run(pack[start:end], runner, index)
+            # The limit may fall while the parts run. A part is smaller than the whole.
+            most = min(limit.tokens, max(tokens // 2, 1))
+            end = next_batch_end(lengths, start=start, limit=most, padded=runner.padded)
+            self._run(pack[start:end], runner, limit)
             start = end
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bge_core import Embedder
-from bge_core.backends.packing import fill
+from bge_core.backends.packing import next_batch_end
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(sorted)
 
@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(sorted)
 def packs(lengths, *, room, padded):
     start, parts = 0, []
     while start < len(lengths):
-        end = fill(lengths, start=start, room=room, padded=padded)
+        end = next_batch_end(lengths, start=start, limit=room, padded=padded)
         parts.append(lengths[start:end])
         start = end
     return parts

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import textwrap
 import threading
 import time
 import weakref
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +33,18 @@ class Recorder:
     padded = False
     default_budget = 100
 
-    def __init__(self, *, seconds: float = 0.0, most: int = 1 << 60) -> None:
+    def __init__(
+        self,
+        *,
+        seconds: float = 0.0,
+        most: int = 1 << 60,
+        shortage: BaseException | None = None,
+    ) -> None:
         self.packs: list[list[int]] = []
         self.seconds = seconds
         self.most = most
+        self.shortage = shortage or torch.OutOfMemoryError()
+        self.failed = 0
         self.gate = threading.Event()
         self.gate.set()
         self.begun = threading.Event()
@@ -46,7 +57,8 @@ class Recorder:
         time.sleep(self.seconds)
         lengths = [len(sequence) for sequence in sequences]
         if sum(lengths) > self.most:
-            raise torch.OutOfMemoryError
+            self.failed += 1
+            raise self.shortage
         if error is not None:
             raise error
         self.packs.append(lengths)
@@ -243,14 +255,154 @@ def test_a_caller_s_own_jobs_follow_one_another():
 
 
 @pytest.mark.parametrize("priority", ["interactive", "background"])
-def test_a_progress_bar_that_breaks_costs_its_own_caller_only(priority):
+@pytest.mark.parametrize("error", [BrokenPipeError(), SystemExit(), KeyboardInterrupt()])
+def test_a_progress_callback_that_breaks_is_called_no_more_and_the_rows_come(priority, error):
+    calls = []
+
     def broken(count):
-        raise BrokenPipeError
+        calls.append(count)
+        raise error
 
     made = engine(Recorder())
-    with pytest.raises(BrokenPipeError):
-        made.submit(sequences(60, 60), priority=priority, progress=broken).result(10)
+    future = made.submit(sequences(60, 60, 60), priority=priority, progress=broken)
+    assert values(future) == [60.0] * 3
+    assert calls == [1]
     assert values(made.submit(sequences(5), priority=priority)) == [5.0]
+
+
+@pytest.mark.parametrize("priority", ["interactive", "background"])
+def test_a_log_handler_that_raises_ends_no_worker(priority):
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise BrokenPipeError
+
+    handler = Broken()
+    scheduler.logger.addHandler(handler)
+    try:
+        made = engine(Recorder(most=40))
+        rows = values(made.submit(sequences(*[10] * 9), priority=priority, progress=print_nowhere))
+        assert rows == [10.0] * 9
+    finally:
+        scheduler.logger.removeHandler(handler)
+    assert values(made.submit(sequences(5), priority=priority)) == [5.0]
+
+
+def print_nowhere(count):
+    raise OSError
+
+
+OUT_OF_MEMORY = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cuda, late": RuntimeError("CUDA error: out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other: 1 GB)."),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9."),
+    "numpy": MemoryError("Unable to allocate 7.45 GiB"),
+    "c++": RuntimeError("std::bad_alloc"),
+    "system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY.keys())
+def test_every_device_s_way_of_saying_out_of_memory_is_understood(error):
+    runner = Recorder(most=40, shortage=error)
+    made = engine(runner)
+    assert values(made.submit(sequences(*[10] * 9), priority="background")) == [10.0] * 9
+    assert sum(len(pack) for pack in runner.packs) == 9, "nothing is computed twice"
+    with pytest.raises(ComputationError, match="one text of 50 tokens") as caught:
+        made.submit(sequences(50), priority="interactive").result(10)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access"), OSError(28, "disk full")]
+)
+def test_another_failure_is_not_taken_for_it(error):
+    runner = Recorder(most=40, shortage=error)
+    made = engine(runner)
+    with pytest.raises(type(error)) as caught:
+        made.submit(sequences(*[10] * 9), priority="background").result(10)
+    assert caught.value is error
+    assert not runner.packs
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("priority", ["interactive", "background"])
+def test_after_a_shortage_packs_grow_again(priority, padded):
+    """As when another process had the memory for a while."""
+    runner = Recorder()
+    runner.padded, runner.default_budget = padded, 2000
+    made = engine(runner)
+    runner.most = 5
+    lengths = [5] * 400
+    assert values(made.submit(sequences(*lengths), priority=priority)) == lengths
+    assert {len(pack) for pack in runner.packs} == {1}
+    runner.most = 1 << 60
+    runner.packs.clear()
+    values(made.submit(sequences(*lengths * 20), priority=priority))
+    sizes = [sum(pack) for pack in runner.packs]
+    assert sizes[0] < 100
+    assert max(sizes) == 2000
+    # And for good.
+    runner.packs.clear()
+    values(made.submit(sequences(*lengths), priority=priority))
+    assert [sum(pack) for pack in runner.packs] == [2000]
+
+
+def test_a_lasting_shortage_is_met_more_and_more_seldom():
+    runner = Recorder(most=100)
+    runner.default_budget = 1000
+    made = engine(runner)
+    failures = []
+    for _ in range(4):
+        before = runner.failed
+        values(made.submit(sequences(*[10] * 2000), priority="background"))
+        failures.append(runner.failed - before)
+    # Some 200 packs a round, and a round doubles the time to the next try.
+    assert failures[0] <= 12
+    assert failures[-1] <= 2
+
+
+def test_filling_a_pack_costs_each_waiting_caller_a_few_steps():
+    """`submit` waits meanwhile, on an event loop, too."""
+
+    class Length(int):
+        steps = 0
+
+        def __add__(self, other):
+            Length.steps += 1
+            return Length(int(self) + int(other))
+
+        __radd__ = __add__
+
+        def __gt__(self, other):
+            Length.steps += 1
+            return int(self) > int(other)
+
+        def __lt__(self, other):
+            Length.steps += 1
+            return int(self) < int(other)
+
+    def steps(callers):
+        runner = Recorder()
+        runner.default_budget = 1 << 40
+        workers = scheduler._Workers({"interactive": [runner], "background": []}, "recorder")
+        for _ in range(callers):
+            job = scheduler._Job(sequences(3), object(), None, None)
+            job.lengths = [Length(3)]
+            workers.waiting["interactive"][job.caller] = deque([job])
+        Length.steps = 0
+        assert len(workers._take("interactive", runner, 1 << 40)) == callers
+        return Length.steps
+
+    few, many = steps(100), steps(1000)
+    assert few > 0
+    assert many <= 11 * few
 
 
 def test_one_text_that_does_not_fit_is_a_sentence():

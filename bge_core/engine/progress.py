@@ -1,0 +1,74 @@
+"""Progress bars that cost nobody the work that they show."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["progress_bar"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def progress_bar(
+    total: int | None, *, show: bool, unit: str = "text"
+) -> Iterator[Callable[[int], None] | None]:
+    """Show a progress bar; one that can't be drawn any more is dropped, and the work goes on.
+
+    Args:
+        total: How much is to be done; None where nobody knows.
+        show: Whether to show one.
+        unit: What is counted.
+
+    Returns:
+        A context with the function that moves the bar on, in any thread; None without a bar.
+    """
+    bar = _bar(total, unit) if show else None
+    if bar is None:
+        yield None
+        return
+
+    def move(count: int) -> None:
+        try:
+            bar.update(count)
+        except Exception as exc:  # noqa: BLE001 -- it is a picture
+            bar.drop(exc)
+
+    try:
+        yield move
+    finally:
+        try:
+            bar.close()
+        except Exception as exc:  # noqa: BLE001 -- see above
+            bar.drop(exc)
+
+
+def _bar(total: int | None, unit: str) -> Any:
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]  # it takes none at run time
+        dropped = False
+
+        def display(self, *arguments: Any, **options: Any) -> Any:
+            # tqdm calls this with a lock of the whole process taken, and keeps that lock for ever
+            # when this raises: every later bar would hang.
+            if self.dropped:
+                return None
+            try:
+                return super().display(*arguments, **options)
+            except Exception as exc:  # noqa: BLE001 -- whatever a stream or a notebook raises
+                self.drop(exc)
+
+        def drop(self, error: Exception) -> None:
+            if not self.dropped:
+                self.dropped = True
+                logger.debug("The progress bar is shown no more: %r", error)
+
+    try:
+        return Bar(total=total, unit=unit)
+    except Exception as exc:  # noqa: BLE001 -- see above
+        logger.debug("No progress bar is shown: %r", exc)
+        return None
