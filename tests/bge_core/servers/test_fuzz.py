@@ -44,7 +44,7 @@ numbers = st.one_of(
     st.integers(-10, 10),
     st.sampled_from([10**30, -(10**400), 2**63, -(2**63), 1 << 64]),
 )
-odd = st.sampled_from(
+odd: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, False, "", "1", "NaN", KEY, "x" * 5000, [], {}, [[]], [1], "0x1"]
 )
 anything = st.recursive(
@@ -152,7 +152,7 @@ def written(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 
 # Answers.
 
-packings = {
+packings: dict[bytes, Callable[[bytes], bytes]] = {
     b"gzip": gzip.compress,
     b"deflate": zlib.compress,
     b"identity": bytes,
