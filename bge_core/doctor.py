@@ -136,7 +136,8 @@ def _devices(report: _Report) -> None:
 def _cached(report: _Report, options: argparse.Namespace) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cache = Path(options.cache_folder or HF_HUB_CACHE)
+    source = Source(model="", cache_folder=options.cache_folder)
+    cache = Path(source.hub_cache or HF_HUB_CACHE)
     found = [
         name
         for name in tuple(PROFILES)

@@ -347,7 +347,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
             on_truncation=on_truncation,
             backend=backend,
         )
-        known = self._source.is_local or find_profile(self.model) is not None
+        known = self._source.is_local or find_profile(self.model, "embedder") is not None
         if known or task is not None or task_description is not None or self._examples:
             _ = self._template  # making it is the check
 
@@ -415,7 +415,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
 
     def _profile(self) -> Profile | None:
         # A published hub id is known without looking at its files.
-        return find_profile(self.model) or self.checkpoint.profile
+        return find_profile(self.model, "embedder") or self.checkpoint.profile
 
     def _prompts(self) -> Mapping[str, str]:
         return self.checkpoint.prompts

@@ -251,7 +251,7 @@ class M3Embedder(LocalModel[str]):
             CheckpointError: A file that an output needs is missing; says which.
         """
         if not self._source.is_local and self._checkpoint is None:
-            profile = find_profile(self.model)
+            profile = find_profile(self.model, "embedder")
             lacking = [output for output in outputs if profile and output not in profile.outputs]
             if lacking:
                 raise _gives_no(self.model, lacking[0])
@@ -393,7 +393,7 @@ class M3Embedder(LocalModel[str]):
         """Refuse what is known by now to be no checkpoint of bge-m3's make."""
         if self._source.is_local:
             _check_make(self.checkpoint)
-        elif (profile := find_profile(self.model)) and profile.family != "xlm-roberta":
+        elif (profile := find_profile(self.model, "embedder")) and profile.family != "xlm-roberta":
             raise _gives_no(self.model, "sparse")
 
     def _encode(

@@ -48,12 +48,15 @@ class TokenSequence:
             score, which is the row of every other model.
         shares_outputs: Whether its pass may take from the output cache and leave the other output
             there; False for what nobody else asks for, such as a part of a text.
+        prompt_length: Tokens at the beginning, the first special ones and a prompt's, that the
+            pooling of some checkpoints leaves out; 0 for none.
     """
 
     ids: list[int]
     second: int
     requested_outputs: frozenset[Output] | None = None
     shares_outputs: bool = True
+    prompt_length: int = 0
 
     def __len__(self) -> int:
         """Count the tokens, special ones included."""

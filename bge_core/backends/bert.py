@@ -201,6 +201,9 @@ def _shape(config: Mapping[str, Any]) -> _Shape | None:
         return None
     try:
         shape = _Shape(**{field.name: config[field.name] for field in fields(_Shape)})
+        # Of a text torch would say so at the first text only.
+        if not isinstance(shape.layer_norm_eps, (int, float)):
+            return None
         return None if shape.hidden_size % shape.num_attention_heads else shape
     except (KeyError, TypeError, ZeroDivisionError):
         return None

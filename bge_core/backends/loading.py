@@ -7,20 +7,30 @@ from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from bge_core.checkpoints.files import JsonFile, first_line, weight_files
+from bge_core.checkpoints.files import JsonFile, first_line, other_weights, weight_files
 from bge_core.checkpoints.metadata import HEADS, missing_head_error
-from bge_core.checkpoints.trust import check_shards
-from bge_core.errors import CheckpointError, ComputationError
-from bge_core.tokenizer import Tokenizer
+from bge_core.errors import BGEError, CheckpointError, ComputationError
+from bge_core.tokenizer import Tokenizer, TokenSequence
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel
 
+    from bge_core.backends.base import Runner
     from bge_core.checkpoints.catalog import Output
     from bge_core.checkpoints.metadata import Checkpoint, Kind
 
-__all__ = ["load_head", "load_model", "load_tokenizer", "no_progress_bars", "out_of_memory_error"]
+__all__ = [
+    "check_computes",
+    "copy_weights",
+    "load_head",
+    "load_model",
+    "load_tokenizer",
+    "no_progress_bars",
+    "out_of_memory_error",
+]
 
 # Those whose fast versions in transformers 4 went by tokenizer_config.json.
 _MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
@@ -37,10 +47,21 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
     Raises:
         CheckpointError: It has none, or it is damaged.
     """
+    try:
+        return _load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    except BGEError:
+        raise
+    except Exception as exc:
+        raise _unreadable(checkpoint, "tokenizer", exc) from exc
+
+
+def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     own = {
-        word: next((str(path) for name in names if (path := checkpoint.body / name).exists()), None)
+        word: next(
+            (str(path) for name in names if (path := checkpoint.body / name).is_file()), None
+        )
         for word, names in _TOKENIZER_FILES.items()
     }
     if own["tokenizer_file"] is None and own["vocab_file"] is None:
@@ -50,16 +71,13 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
             "there with tokenizer.save_pretrained(folder)."
         )
         raise CheckpointError(msg)
-    try:
-        loaded = AutoTokenizer.from_pretrained(
-            checkpoint.body,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            # transformers 4 would follow paths in tokenizer_config.json, which are its maker's.
-            **own,
-        )
-    except Exception as exc:
-        raise _unreadable(checkpoint, "tokenizer", exc) from exc
+    loaded = AutoTokenizer.from_pretrained(
+        checkpoint.body,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        # transformers 4 would follow paths in tokenizer_config.json, which are its maker's.
+        **own,
+    )
     if not loaded.is_fast:
         msg = (
             f"{checkpoint.name!r} has no fast tokenizer: save one, a tokenizer.json, into "
@@ -96,9 +114,21 @@ def _set_bos_eos(loaded: Any, settings: Mapping[str, Any]) -> None:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, kind: Kind, dtype: str, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    *,
+    kind: Kind,
+    dtype: str,
+    trust_remote_code: bool,
+    copied: bool = True,
 ) -> PreTrainedModel:
     """Load a checkpoint's weights, onto the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        kind: `"embedder"` or `"reranker"`.
+        dtype: The number format of the weights.
+        trust_remote_code: Run Python code that the checkpoint carries.
+        copied: Into memory, so that the file may change; False where they are copied to a device.
 
     Raises:
         CheckpointError: The weights are missing, damaged or of another shape.
@@ -108,12 +138,13 @@ def load_model(
 
     weights = weight_files(checkpoint.body)
     if not weights:
+        end = "; fetch it again."
         msg = (
             f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
-            "model.safetensors nor pytorch_model.bin; fetch it again."
+            f"model.safetensors nor pytorch_model.bin{other_weights(checkpoint.body) or end}"
         )
         raise CheckpointError(msg)
-    check_shards(checkpoint.body)
+    _check_size(checkpoint, weights)
     loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
     if kind == "reranker" and checkpoint.pair_prompt is not None:
         from transformers import AutoModelForCausalLM
@@ -142,9 +173,67 @@ def load_model(
             "place would give noise. Fetch the checkpoint again."
         )
         raise CheckpointError(msg)
+    if copied:
+        copy_weights(model)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model  # type: ignore[no-any-return]
+
+
+def copy_weights(model: torch.nn.Module) -> None:
+    """Copy a model's numbers into memory of their own.
+
+    transformers maps the file instead: whoever overwrote it later would change the model, and
+    whoever cut it would end the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _check_size(checkpoint: Checkpoint, weights: list[Path]) -> None:
+    """Refuse a config.json that describes far more than the weights, before room is made for it."""
+    config = JsonFile(checkpoint.body / "config.json")
+    width = config.whole("hidden_size", 1, least=1)
+    of_a_layer = config.whole("intermediate_size", 1, least=1) + config.whole(
+        "num_attention_heads", 1, least=1
+    ) * config.whole("head_dim", 1, least=1)
+    rows = config.whole("vocab_size", 1, least=1)
+    rows += config.whole("num_hidden_layers", 1, least=1) * of_a_layer
+    if "type_vocab_size" in config.values:  # of models with a table of positions
+        rows += config.whole("type_vocab_size", 0, least=0)
+        rows += max(config.whole("max_position_embeddings", 0), 0)
+    stored = sum(path.stat().st_size for path in weights)
+    # A number takes a byte at the least; some models use a layer's several times.
+    if rows * width > 16 * stored:
+        if weights[0].suffix == ".bin":  # what is no tensors at all is worse
+            import torch
+
+            try:
+                torch.load(weights[0], map_location="meta", weights_only=True)
+            except Exception as exc:
+                raise _unreadable(checkpoint, "weights", exc) from exc
+        msg = (
+            f"config.json of {checkpoint.name!r} in {checkpoint.body} describes a model of "
+            f"{rows * width:,} numbers or more, and its weights have {stored:,} bytes: it is "
+            "another model's, or damaged; fetch the checkpoint again."
+        )
+        raise CheckpointError(msg)
+
+
+def check_computes(checkpoint: Checkpoint, runner: Runner) -> None:
+    """Refuse a model that can't compute three tokens: some settings are looked at only then.
+
+    Raises:
+        CheckpointError: It can't.
+    """
+    from bge_core.backends.memory import is_out_of_memory
+
+    try:
+        runner.run([TokenSequence([checkpoint.pad] * 3, 3)])
+    except Exception as exc:
+        if is_out_of_memory(exc):  # which has nothing to do with the checkpoint
+            raise
+        raise _unreadable(checkpoint, "weights", exc) from exc
 
 
 def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:
@@ -226,6 +315,16 @@ def _unreadable(
             f"There is more than tensors in the {what} of {checkpoint.name!r} in "
             f"{checkpoint.body}: the file is damaged, or a pickle with code in it, which was not "
             "run. Use a checkpoint with model.safetensors, from a publisher whom you trust."
+        )
+    elif missing := next((e for e in _chain(error) if isinstance(e, ImportError)), None):
+        msg = (
+            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be loaded without a "
+            f"package that is not installed here ({first_line(missing)}): install it."
+        )
+    elif denied := next((e for e in _chain(error) if isinstance(e, PermissionError)), None):
+        msg = (
+            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be read "
+            f"({first_line(denied)}): check that this user may read it."
         )
     else:
         msg = (

@@ -10,6 +10,7 @@ import torch
 
 from bge_core.backends.base import to_numpy
 from bge_core.backends.loading import load_head
+from bge_core.checkpoints.metadata import missing_head_error
 from bge_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,9 +49,8 @@ class M3Row(NamedTuple):
 class M3Heads:
     """Makes bge-m3's outputs of an encoder's packs.
 
-    Sequences that request nothing run as on any other encoder. The layers beyond the encoder load
-    when they are first asked for, so that a damaged one is in nobody's way who wants dense vectors
-    alone.
+    Sequences that request nothing run as on any other encoder. A damaged layer beyond the encoder
+    is in nobody's way who wants dense vectors alone.
 
     Args:
         checkpoint: Where the further layers are.
@@ -71,10 +71,16 @@ class M3Heads:
     ) -> None:
         self._checkpoint = checkpoint
         self._plain = plain
-        self._device = device
-        self._dtype = dtype
         self._cache = output_cache
-        self._layers: dict[Output, torch.nn.Linear] = {}
+        # With the encoder, since a file that is replaced later is another model's. What is wrong
+        # with one is said to those who ask for its output.
+        self._layers: dict[Output, torch.nn.Linear | str] = {}
+        for output in checkpoint.heads:
+            try:
+                head = load_head(checkpoint, output)
+                self._layers[output] = head.to(device, getattr(torch, dtype))
+            except CheckpointError as exc:
+                self._layers[output] = str(exc)
 
     def run(
         self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
@@ -172,11 +178,12 @@ class M3Heads:
         return True
 
     def _layer(self, output: Output) -> torch.nn.Linear:
-        # Two workers may load it at once: it is small, and either copy will do.
-        if output not in self._layers:
-            head = load_head(self._checkpoint, output)
-            self._layers[output] = head.to(self._device, getattr(torch, self._dtype))
-        return self._layers[output]
+        layer = self._layers.get(output)
+        if layer is None:
+            raise missing_head_error(self._checkpoint, output)
+        if isinstance(layer, str):
+            raise CheckpointError(layer)
+        return layer
 
 
 def _wanted(sequence: TokenSequence) -> frozenset[Output]:

@@ -26,7 +26,7 @@ from bge_core.backends.memory import is_out_of_memory
 from bge_core.errors import CheckpointError, needs_extra
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -123,9 +123,9 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
         ) from exc
     kind, pooling = options.kind, options.pooling
     core = openvino.Core()
-    file = _kept(checkpoint, kind, pooling, openvino.__version__, options.cache_folder)
+    file = _kept_at(checkpoint, kind, pooling, openvino.__version__, options.cache_folder)
     model: Any = None
-    if file.exists():
+    if file is not None and file.exists():
         try:
             model = core.read_model(str(file))
         except RuntimeError:
@@ -137,13 +137,14 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
         )
         model = _converted(openvino, checkpoint, loaded, pooling)
         try:
-            _keep(openvino, core, model, file)
+            if file is not None:
+                _keep(openvino, core, model, file)
         except (OSError, RuntimeError) as exc:
             logger.warning(
                 "The converted %r can't be kept in %s (%s): free some room there, or pass "
                 "cache_folder='...'. Until then each process converts it again.",
                 checkpoint.name,
-                file.parent.parent,
+                file.parent.parent if file else "the cache",
                 str(exc).strip() or type(exc).__name__,
             )
     compiled = core.compile_model(
@@ -156,17 +157,40 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
     return OpenVINORunner(compiled, types=types, pad=checkpoint.pad)
 
 
-def _kept(
+def _kept_at(
     checkpoint: Checkpoint,
     kind: Kind,
     pooling: str | None,
     version: str,
     cache_folder: str | None,
-) -> Path:
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bge-adapters"
-    root = Path(cache_folder) if cache_folder else user
+) -> Path | None:
+    """Give the converted model's place; None for a user who has no home, and so no cache."""
+    if cache_folder:
+        root = Path(cache_folder)
+    elif kept := os.environ.get("XDG_CACHE_HOME"):
+        root = Path(kept) / "bge-adapters"
+    else:
+        try:
+            root = Path.home() / ".cache" / "bge-adapters"
+        except RuntimeError:
+            return None
     key = repr((checkpoint.digest(), kind, pooling, version))
     return root / "openvino" / hashlib.sha256(key.encode()).hexdigest()[:16] / "model.xml"
+
+
+@contextlib.contextmanager
+def _some_home() -> Iterator[None]:
+    """Give a user without a home the folder for temporary files: OpenVINO's telemetry wants one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()
+        try:
+            yield
+        finally:
+            os.environ.pop("HOME", None)
+    else:
+        yield
 
 
 def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str | None) -> Any:
@@ -175,7 +199,7 @@ def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str |
         example["token_type_ids"] = torch.zeros(2, 8).long()
     logger.info("Converting %r for OpenVINO.", checkpoint.name)
     try:
-        with torch.inference_mode(), warnings.catch_warnings():
+        with torch.inference_mode(), warnings.catch_warnings(), _some_home():
             # The tracer warns of every shape that transformers looks at; the numbers are tested.
             warnings.simplefilter("ignore")
             return openvino.convert_model(_Rows(model, pooling), example_input=example)

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 
 from bge_core.backends.base import default_budget, padded_inputs, takes_types, to_numpy
-from bge_core.backends.loading import no_progress_bars, out_of_memory_error
+from bge_core.backends.loading import (
+    check_computes,
+    copy_weights,
+    no_progress_bars,
+    out_of_memory_error,
+)
 from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.packing import Pack
 from bge_core.checkpoints.trust import reject_remote_classes
@@ -45,7 +50,7 @@ class PaddedRunner:
 
     def __init__(
         self,
-        forward: Callable[[dict[str, Tensor]], Tensor],
+        forward: Callable[[dict[str, Any]], Tensor],
         pool: Pool | None,
         *,
         types: bool,
@@ -60,15 +65,35 @@ class PaddedRunner:
         self._device = device
         self.default_budget = budget
 
-    @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
         """Compute one row a sequence, [n, width] float32."""
+        return self._compute(sequences, {})
+
+    @torch.inference_mode()
+    def _compute(
+        self, sequences: Sequence[TokenSequence], further: dict[str, Any]
+    ) -> NDArray[np.float32]:
         inputs = padded_inputs(sequences, pad=self._pad, types=self._types)
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
-        out = self._forward(tensors)
+        out = self._forward({**tensors, **further})
         if self._pool is not None:
             out = self._pool(out[tensors["attention_mask"].bool()], Pack(sequences, self._device))
         return to_numpy(out)
+
+
+class _ModulesRunner(PaddedRunner):
+    """Runs sentence-transformers' modules, which may leave a prompt's tokens out of the pooling."""
+
+    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
+        """Compute one row a sequence, [n, width] float32."""
+        lengths = np.array([sequence.prompt_length for sequence in sequences])
+        outcome: dict[int, NDArray[np.float32]] = {}
+        for length in np.unique(lengths):  # one for a whole batch is what they take
+            places = np.flatnonzero(lengths == length).tolist()
+            chosen = [sequences[place] for place in places]
+            rows = self._compute(chosen, {"prompt_length": int(length)} if length else {})
+            outcome.update(zip(places, rows, strict=True))
+        return np.stack([outcome[place] for place in range(len(sequences))])
 
 
 def load_sentence_transformers(
@@ -79,6 +104,12 @@ def load_sentence_transformers(
 
     if not trust_remote_code:
         reject_remote_classes(checkpoint)
+    if checkpoint.routes:
+        msg = (
+            f"{checkpoint.name!r} has a router to a model of its own for queries, which is not run "
+            "here: load it with sentence-transformers."
+        )
+        raise CheckpointError(msg)
     try:
         with no_progress_bars():
             model = SentenceTransformer(
@@ -98,8 +129,11 @@ def load_sentence_transformers(
         raise CheckpointError(msg) from exc
     encoder: Any = model[0].auto_model
     logger.debug("%r has modules of its own: it runs padded.", checkpoint.name)
-    # Normalisation is the caller's to choose.
-    modules = [module for module in model if type(module).__name__ != "Normalize"]
+    copy_weights(model)
+    # What comes last is the caller's to choose; what comes before another layer is the model's.
+    modules = list(model)
+    while type(modules[-1]).__name__ == "Normalize":
+        modules.pop()
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         features: Any = inputs
@@ -108,7 +142,7 @@ def load_sentence_transformers(
         vectors: Tensor = features["sentence_embedding"]
         return vectors
 
-    return PaddedRunner(
+    runner = _ModulesRunner(
         forward,
         None,
         types=takes_types(encoder),
@@ -116,3 +150,5 @@ def load_sentence_transformers(
         device=device,
         budget=default_budget(encoder.config, device, dtype),
     )
+    check_computes(checkpoint, runner)
+    return runner

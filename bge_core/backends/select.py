@@ -9,7 +9,7 @@ import torch
 
 from bge_core.backends.base import POOLS, default_budget, identity, pooled, takes_types
 from bge_core.backends.bert import load_bert
-from bge_core.backends.loading import load_model, out_of_memory_error
+from bge_core.backends.loading import check_computes, load_model, out_of_memory_error
 from bge_core.backends.m3_heads import M3Heads
 from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.onednn import prepack_linear_weights
@@ -56,7 +56,10 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
         return _packed(bert, heads, checkpoint, bert.shape, options, place)
     from bge_core.backends.stock import classifier_head, transformers_encoder
 
-    model: Any = load_model(checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust)
+    copied = place.type == "cpu"
+    model: Any = load_model(
+        checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust, copied=copied
+    )
     try:
         model.to(place)
     except Exception as exc:
@@ -82,7 +85,7 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
         out: Tensor = whole(**inputs)[0]
         return out
 
-    return PaddedRunner(
+    runner = PaddedRunner(
         forward,
         pool,
         types=takes_types(encoder),
@@ -90,6 +93,8 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
         device=place,
         budget=default_budget(encoder.config, place, dtype),
     )
+    check_computes(checkpoint, runner)
+    return runner
 
 
 def _heads(

@@ -611,17 +611,17 @@ def supported_models() -> list[SupportedModel]:
     ]
 
 
-def find_profile(name: str) -> Profile | None:
+def find_profile(name: str, kind: Kind | None = None) -> Profile | None:
     """Find the row of a hub id or a folder's path, by whole names and never by a part of one.
 
     Args:
-        name: A hub id (`BAAI/bge-m3`), a mirror's id of the same name, the bare name, with a tag
-            (`bge-m3:latest`) or without, a folder's path, a `checkpoint-*` folder inside a folder
-            so named, a snapshot in the hub's cache, or a folder of ModelScope's, which writes a
-            dot as `___`.
+        name: A hub id (`BAAI/bge-m3`), a mirror's id of the same name, the bare name, a folder's
+            path, a `checkpoint-*` folder inside a folder so named, a snapshot in the hub's cache,
+            or a folder of ModelScope's, which writes a dot as `___`.
+        kind: The kind that is wanted; None for either.
 
     Returns:
-        The row, or None for a name that is not in the table.
+        The row, or None for a name that is not in the table, or is there of the other kind.
     """
     parts = [part for part in PurePath(name.replace("\\", "/")).parts if part != "/"]
     if not parts:
@@ -633,5 +633,5 @@ def find_profile(name: str) -> Profile | None:
         last = parts[-3]
     if cached := _CACHED.fullmatch(last):
         last = cached.group(1) or cached.group(2)
-    last = last.replace("___", ".").partition(":")[0]
-    return _by_name.get(last.casefold())
+    row = _by_name.get(last.replace("___", ".").casefold())
+    return row if row is None or kind in (None, row.kind) else None

@@ -11,11 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from bge_core import arguments
 from bge_core.checkpoints.catalog import find_profile
-from bge_core.checkpoints.files import JsonFile, leaves_folder, read_json
-from bge_core.errors import CheckpointError
+from bge_core.checkpoints.files import (
+    JsonFile,
+    check_files,
+    leaves_folder,
+    other_weights,
+    read_json,
+    unreadable_error,
+)
+from bge_core.errors import BGEError, CheckpointError
 
 if TYPE_CHECKING:
     from bge_core.checkpoints.catalog import Output, PairPrompt, Profile
@@ -38,15 +46,52 @@ HEADS: Mapping[Output, str] = MappingProxyType(
 )
 """An output of bge-m3 beside the dense vector -> the file of the layer that makes it."""
 _DIGESTED = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".py")
-_PLAIN_MODULES = ("Transformer", "Pooling", "Normalize")
+# Of sentence-transformers' lengths and lower-casing, by the age of its version; the first counts.
+_READING_FILES = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+# Settings of a model there that change no number, since dtype is said by the user.
+_HARMLESS = frozenset(
+    {
+        *("trust_remote_code", "torch_dtype", "dtype", "attn_implementation", "use_safetensors"),
+        *("low_cpu_mem_usage", "device_map", "add_pooling_layer", "use_cache"),
+    }
+)
+_TOKENIZER_SETTINGS = ("model_max_length", "truncation_side")
+_HARMLESS_OF_A_TOKENIZER = ("trust_remote_code", "use_fast", "padding_side", "local_files_only")
+# Settings of sentence-transformers for other models than those here, with what they are for.
+_UNSERVED = {
+    "tokenizer_name_or_path": "a tokenizer elsewhere: save it into the folder",
+    "processing_kwargs": "settings of the tokenizer at each call",
+    "query_length": "multi-vector models of its own",
+    "document_length": "multi-vector models of its own",
+    "query_expansion": "multi-vector models of its own",
+}
+_MOST_LAYERS = 1000
+_SIZES = {
+    "hidden_size": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "intermediate_size": 1,
+    "vocab_size": 1,
+    "type_vocab_size": 0,
+}
 _POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "last",
+    "pooling_mode_lasttoken": "lasttoken",
 }
+_POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # The first usable position of these families is padding_idx + 1.
 _OFFSET_FAMILIES = ("xlm-roberta", "roberta", "camembert", "xlm-roberta-xl")
 
@@ -60,20 +105,26 @@ class Checkpoint:
         folder: Where its files are.
         body: Where config, weights and tokenizer are: the folder, or its first module's.
         family: `model_type` of config.json.
-        profile: Its row in the table of published checkpoints; None if it has none.
+        kind: What its architecture and its files make it.
+        profile: Its row in the table of checkpoints that are known by name; None if it has none of
+            its kind.
         pooling: `"cls"`, `"mean"` or `"last"`; another mode's name where sentence-transformers'
             own modules have to run; None if the checkpoint doesn't say.
-        plain: Transformer, pooling and normalisation are all of it.
+        plain: Transformer, pooling of all tokens and normalisation are all of it.
+        routes: sentence-transformers' router sends queries and documents different ways in it.
         labels: Outputs of its classification head; 0 if it has none.
         hidden_size: Width of the last layer, which is a plain embedder's dimension.
         vocabulary: Tokens that the weights have an embedding for; 0 if it doesn't say.
-        max_length: Tokens that it can take, special ones included.
+        max_length: Tokens that it has positions for, special ones included.
         default_length: Tokens that are read unless the user says otherwise.
+        dimension: How many of a vector's numbers are kept (`truncate_dim`); None for all.
         padding_position: Where positions are counted from in the families of RoBERTa: the
             padding token's id. None where they start at 0.
         pad: The padding token's id.
         lower_case: Texts are lower-cased before the tokenizer.
-        prompts: Its own prompts by name (config_sentence_transformers.json).
+        truncation_side: Which end of a text is cut: `"right"` or `"left"`.
+        prompts: Its own prompts for a `"query"` and a `"document"`, where it has one
+            (config_sentence_transformers.json).
         heads: Outputs of bge-m3 that it has a file for (`HEADS`).
     """
 
@@ -81,17 +132,21 @@ class Checkpoint:
     folder: Path
     body: Path
     family: str
+    kind: Kind
     profile: Profile | None
     pooling: str | None
     plain: bool
+    routes: bool
     labels: int
     hidden_size: int
     vocabulary: int
     max_length: int
     default_length: int
+    dimension: int | None
     padding_position: int | None
     pad: int
     lower_case: bool
+    truncation_side: str
     prompts: Mapping[str, str]
     heads: frozenset[Output]
 
@@ -105,6 +160,9 @@ class Checkpoint:
 
         JSON files count whole. Of a weight file the size and 256 blocks spread over it count,
         which any training changes; reading a gigabyte for a name would be slow.
+
+        Raises:
+            CheckpointError: A file can't be read.
         """
         digest = hashlib.sha256()
         names = sorted(
@@ -115,15 +173,10 @@ class Checkpoint:
         for name in names:
             digest.update(name.encode())
             path = self.folder / name
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                if size <= 1 << 24 and path.suffix in (".json", ".txt"):
-                    digest.update(file.read())
-                    continue
-                digest.update(str(size).encode())
-                for block in range(256):
-                    file.seek(size * block // 256)
-                    digest.update(file.read(1024))
+            try:
+                _digest_file(digest, path)
+            except OSError as exc:
+                raise unreadable_error(path, exc) from exc
         return digest.hexdigest()
 
 
@@ -137,8 +190,11 @@ def read(source: Source, folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: A file is missing or damaged, or points out of the folder.
     """
+    check_files(folder)
     modules = _modules(folder)
     body = folder / (modules[0].path if modules else "")
+    if body != folder and body.is_dir():
+        check_files(body)
     if (adapter := body / "adapter_config.json").exists():
         # It names another folder or hub id, and transformers would load that one's weights.
         msg = (
@@ -147,45 +203,51 @@ def read(source: Source, folder: Path) -> Checkpoint:
         )
         raise CheckpointError(msg)
     config = JsonFile(body / "config.json")
-    if "model_type" not in config.values:
+    family = config.values.get("model_type")
+    if not isinstance(family, str) or not family:
         msg = (
             f"{config.path} is missing or has no model_type, so {source.model!r} is no "
-            "transformers checkpoint: pass the folder that save_pretrained wrote, or a hub id."
+            "transformers checkpoint: pass the folder that save_pretrained wrote, or a hub id"
+            f"{other_weights(folder) or '.'}"
         )
         raise CheckpointError(msg)
-    family = str(config.values["model_type"])
-    profile = find_profile(source.model) or find_profile(
-        str(config.values.get("_name_or_path") or "")
-    )
-    pooling = _pooling(folder, modules)
+    _check_sizes(config)
+    _check_quantization(config, source.model)
+    labels = _labels(config)
+    named = _profiles(source, folder, config)
+    kind = _kind(config, labels, modules, named)
+    profile = next((row for row in named if row.kind == kind), None)
+    pooling, whole = _pooling(folder, modules)
     if profile and modules is None:
         pooling = profile.pooling
-    reading = JsonFile(body / "sentence_bert_config.json")
-    offset = family in _OFFSET_FAMILIES
-    # transformers' own defaults, where config.json has none.
-    pad = config.whole("pad_token_id", 1 if offset else 0)
-    capacity = min(
-        config.whole("max_position_embeddings", 512) - (pad + 1 if offset else 0),
-        JsonFile(body / "tokenizer_config.json").whole("model_max_length", 1 << 30),
-        profile.max_length if profile else 1 << 30,
-    )
+    reading = _reading(body)
+    if kind == "embedder":
+        _check_reading(reading)
+    capacity, length = _lengths(config, reading, body, profile)
+    of_roberta = family in _OFFSET_FAMILIES
+    pad = _pad(config, family)
+    settings = JsonFile(folder / "config_sentence_transformers.json")
     return Checkpoint(
         name=source.model,
         folder=folder,
         body=body,
         family=family,
+        kind=kind,
         profile=profile,
         pooling=pooling,
-        plain=all(module.kind in _PLAIN_MODULES for module in modules or ()),
-        labels=_labels(config),
-        hidden_size=config.whole("hidden_size", config.whole("dim", 0)),
-        vocabulary=config.whole("vocab_size", 0),
+        plain=_is_plain(modules) and whole and not _changes_model(reading),
+        routes=any(module.kind in ("Router", "Asym") for module in modules or ()),
+        labels=labels,
+        hidden_size=config.whole("hidden_size", config.whole("dim", 0, least=0), least=1),
+        vocabulary=config.whole("vocab_size", 0, least=0),
         max_length=capacity,
-        default_length=min(reading.whole("max_seq_length", capacity), capacity),
-        padding_position=pad if offset else None,
+        default_length=length,
+        dimension=settings.whole("truncate_dim", 0, least=1) or None,
+        padding_position=pad if of_roberta else None,
         pad=pad,
-        lower_case=bool(reading.values.get("do_lower_case")),
-        prompts=_prompts(JsonFile(folder / "config_sentence_transformers.json")),
+        lower_case=reading.flag("do_lower_case"),
+        truncation_side=_truncation_side(reading, body),
+        prompts=_prompts(settings),
         heads=frozenset(output for output, name in HEADS.items() if (folder / name).is_file()),
     )
 
@@ -201,8 +263,10 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
     Raises:
         CheckpointError: A sentence that says which class or checkpoint to use instead.
     """
-    check_profile(checkpoint.profile, kind, checkpoint.name)
-    name = checkpoint.name
+    name, profile = checkpoint.name, checkpoint.profile
+    if profile is not None and profile.kind != kind:
+        raise _other_kind_error(profile, name)
+    check_profile(profile, kind, name)
     if kind == "embedder" and checkpoint.labels:
         msg = (
             f"{name!r} is a reranker (a sequence classifier), not an embedding model: give it to "
@@ -250,7 +314,7 @@ def is_m3_architecture(checkpoint: Checkpoint, pooling: str | None) -> bool:
 
 
 def check_profile(profile: Profile | None, kind: Kind, name: str) -> None:
-    """Refuse what the table of published checkpoints already rules out.
+    """Refuse what the table of known checkpoints already rules out, before any file is there.
 
     Raises:
         CheckpointError: It is of the other kind, or this release doesn't serve it.
@@ -258,19 +322,24 @@ def check_profile(profile: Profile | None, kind: Kind, name: str) -> None:
     if profile is None:
         return
     if profile.kind != kind:
-        use = (
-            "a reranker class (BGEReranker, BGECrossEncoder)"
-            if profile.kind == "reranker"
-            else "an embedding class (BGEEmbeddings, BGEEmbedding)"
-        )
-        if "multi_vector" in profile.outputs:
-            use += ", or to BGEReranker (bge_core.make_scorer), which scores with it"
-        article = "a reranker" if profile.kind == "reranker" else "an embedding model"
-        msg = f"{name!r} is {article}: give it to {use}."
-        raise CheckpointError(msg)
+        if "/" in name and profile.id.casefold() != name.casefold():
+            return  # somebody else's model of that name, which may have been trained from it
+        raise _other_kind_error(profile, name)
     if profile.refusal is not None:
         msg = f"{name!r} can't be served: {profile.refusal}."
         raise CheckpointError(msg)
+
+
+def _other_kind_error(profile: Profile, name: str) -> CheckpointError:
+    use = (
+        "a reranker class (BGEReranker, BGECrossEncoder)"
+        if profile.kind == "reranker"
+        else "an embedding class (BGEEmbeddings, BGEEmbedding)"
+    )
+    if "multi_vector" in profile.outputs:
+        use += ", or to BGEReranker (bge_core.make_scorer), which scores with it"
+    article = "a reranker" if profile.kind == "reranker" else "an embedding model"
+    return CheckpointError(f"{name!r} is {article}: give it to {use}.")
 
 
 def missing_head_error(checkpoint: Checkpoint, output: Output) -> CheckpointError:
@@ -283,6 +352,176 @@ def missing_head_error(checkpoint: Checkpoint, output: Output) -> CheckpointErro
     return CheckpointError(msg)
 
 
+def _digest_file(digest: hashlib._Hash, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 1 << 24 and path.suffix in (".json", ".txt"):
+            digest.update(file.read())
+            return
+        digest.update(str(size).encode())
+        for block in range(256):
+            file.seek(size * block // 256)
+            digest.update(file.read(1024))
+
+
+def _profiles(source: Source, folder: Path, config: JsonFile) -> list[Profile]:
+    """Give the rows of the names that a checkpoint goes by: its own, then what it was trained from.
+
+    A link's target counts where the link's own name says nothing.
+    """
+    names = [source.model]
+    if source.is_local:
+        path = folder
+        while path.is_symlink() and len(names) < 40:  # a circle is no folder
+            path = path.parent / path.readlink()
+            names.append(str(path))
+        names.append(str(folder.resolve()))
+    rows = [find_profile(name) for name in names]
+    own = next((row for row in rows if row is not None), None)
+    trained = find_profile(str(config.values.get("_name_or_path") or ""))
+    # What was trained from a backbone may well be served; what comes with its code may not.
+    if trained is not None and trained.refusal is not None and not config.values.get("auto_map"):
+        trained = None
+    return [row for row in (own, trained) if row is not None]
+
+
+def _kind(
+    config: JsonFile, labels: int, modules: list[_Module] | None, named: list[Profile]
+) -> Kind:
+    """Say what a checkpoint is, by what is in it; its name counts where that fits both kinds."""
+    if labels:
+        return "reranker"
+    if any(module.kind == "Pooling" for module in modules or ()):
+        return "embedder"
+    if named and named[0].kind == "reranker" and _is_architecture(config, "ForCausalLM"):
+        return "reranker"
+    return "embedder"
+
+
+def _is_architecture(config: JsonFile, ending: str) -> bool:
+    architectures = config.values.get("architectures") or []
+    if not isinstance(architectures, list):
+        config.refuse(f"architectures must be a list, it is {architectures!r:.60}")
+    return any(str(name).endswith(ending) for name in architectures)
+
+
+def _check_sizes(config: JsonFile) -> None:
+    """Refuse sizes that no model can have, before somebody makes room for them."""
+    for name, least in _SIZES.items():
+        config.whole(name, least, least=least)
+    if config.whole("num_hidden_layers", 1, least=1) > _MOST_LAYERS:
+        config.refuse(f"num_hidden_layers is more than {_MOST_LAYERS}")
+
+
+def _check_quantization(config: JsonFile, model: str) -> None:
+    if not (quantization := config.values.get("quantization_config")):
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    msg = (
+        f"{model!r} is quantised with {method or 'a method that it does not name'} "
+        "(quantization_config in config.json), which is not loaded here: use the original "
+        "checkpoint, in half precision with dtype='float16' or 'bfloat16', or a server that runs "
+        "it (vLLM, text-embeddings-inference, Infinity) with endpoint='...'."
+    )
+    raise CheckpointError(msg)
+
+
+def _lengths(
+    config: JsonFile, reading: JsonFile, body: Path, profile: Profile | None
+) -> tuple[int, int]:
+    """Give the tokens that there are positions for, and those that are read by default."""
+    of_roberta = config.values["model_type"] in _OFFSET_FAMILIES
+    positions = config.whole("max_position_embeddings", 512)
+    if positions < 0:  # XLNet's word for any number
+        positions = 1 << 30
+    if of_roberta:
+        positions -= _pad(config, config.values["model_type"]) + 1
+    if positions < 1:
+        config.refuse(f"max_position_embeddings leaves {positions} positions for tokens")
+    capacity = min(positions, profile.max_length if profile else 1 << 30)
+    settings = _tokenizer_settings(reading)
+    saved = JsonFile(body / "tokenizer_config.json").whole("model_max_length", capacity)
+    if isinstance(given := settings.get("model_max_length"), int):
+        saved = given
+    elif reading.values.get("max_seq_length") is not None:
+        saved = reading.whole("max_seq_length", capacity, least=1)
+    if saved < 1:
+        reading.refuse(f"model_max_length must be 1 or more, it is {saved}")
+    return capacity, min(saved, capacity)
+
+
+def _pad(config: JsonFile, family: str) -> int:
+    """Give the padding token's id; transformers' own default where config.json has none."""
+    if family in _OFFSET_FAMILIES:
+        return config.whole("pad_token_id", 1, least=0)
+    pad, vocabulary = config.whole("pad_token_id", 0), config.whole("vocab_size", 1 << 31)
+    # Some decoders have -1 for none.
+    return pad if 0 <= pad < vocabulary else 0
+
+
+def _reading(body: Path) -> JsonFile:
+    """Read sentence-transformers' settings of the tokenizer, by whichever name they have."""
+    for name in _READING_FILES:
+        found = JsonFile(body / name)
+        if found.values:
+            return found
+    return JsonFile(body / _READING_FILES[0])
+
+
+def _check_reading(reading: JsonFile) -> None:
+    """Refuse settings that are not honoured here, since other vectors would come of it."""
+    for name, purpose in _UNSERVED.items():
+        if reading.values.get(name):
+            _refuse_setting(reading, f"{name} is for {purpose}")
+    task = reading.values.get("transformer_task")
+    if task not in (None, "feature-extraction"):
+        _refuse_setting(
+            reading, f"transformer_task={task!r:.60} is for other models than embedders"
+        )
+    modalities = reading.mapping("modality_config")
+    text = modalities.get("text")
+    if modalities and (
+        "message" in modalities
+        or not isinstance(text, dict)
+        or (text.get("method"), text.get("method_output_name")) != ("forward", "last_hidden_state")
+    ):
+        _refuse_setting(reading, "modality_config puts texts into a chat, or reads no texts")
+    for name in ("tokenizer_args", "processor_kwargs"):
+        known = (*_TOKENIZER_SETTINGS, *_HARMLESS_OF_A_TOKENIZER)
+        if other := [key for key in reading.mapping(name) if key not in known]:
+            _refuse_setting(reading, f"{name} sets {', '.join(other)} of the tokenizer")
+
+
+def _refuse_setting(reading: JsonFile, what: str) -> None:
+    msg = (
+        f"{reading.path} has a setting that is not honoured here: {what}. Load the model with "
+        "sentence-transformers, or take the setting out if it makes no difference to its vectors."
+    )
+    raise CheckpointError(msg)
+
+
+def _changes_model(reading: JsonFile) -> bool:
+    """Say whether sentence-transformers would load the model with settings of its own."""
+    names = ("model_args", "model_kwargs", "config_args", "config_kwargs")
+    return any(key not in _HARMLESS for name in names for key in reading.mapping(name))
+
+
+def _tokenizer_settings(reading: JsonFile) -> dict[str, Any]:
+    return reading.mapping("tokenizer_args") or reading.mapping("processor_kwargs")
+
+
+def _truncation_side(reading: JsonFile, body: Path) -> str:
+    file = JsonFile(body / "tokenizer_config.json")
+    side = (
+        _tokenizer_settings(reading).get("truncation_side")
+        or file.values.get("truncation_side")
+        or "right"
+    )
+    if side not in ("left", "right"):
+        file.refuse(f"truncation_side must be 'left' or 'right', it is {side!r:.60}")
+    return str(side)
+
+
 @dataclass(frozen=True, slots=True)
 class _Module:
     """An entry of modules.json.
@@ -290,21 +529,22 @@ class _Module:
     Attributes:
         kind: The class's name, without its package.
         path: Its folder inside the checkpoint.
+        own: The class is sentence-transformers' own.
     """
 
     kind: str
     path: str
+    own: bool
 
 
 def _labels(config: JsonFile) -> int:
-    architectures = config.values.get("architectures") or []
-    if not isinstance(architectures, list):
-        config.refuse(f"architectures must be a list, it is {architectures!r:.60}")
-    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+    if not _is_architecture(config, "ForSequenceClassification"):
         return 0
     # transformers' default is two labels, and id2label is how config.json says otherwise.
     labels = config.values.get("id2label")
-    return len(labels) if isinstance(labels, dict) and labels else config.whole("num_labels", 2)
+    if isinstance(labels, dict) and labels:
+        return len(labels)
+    return config.whole("num_labels", 2, least=1)
 
 
 def _modules(folder: Path) -> list[_Module] | None:
@@ -317,7 +557,12 @@ def _modules(folder: Path) -> list[_Module] | None:
         msg = f"{path} is damaged (a list of modules was expected): fetch the checkpoint again."
         raise CheckpointError(msg)
     modules = [
-        _Module(module["type"].rpartition(".")[2], module.get("path", "")) for module in listed
+        _Module(
+            kind=module["type"].rpartition(".")[2],
+            path=module.get("path", ""),
+            own=module["type"].startswith("sentence_transformers."),
+        )
+        for module in listed
     ]
     for module in modules:
         if leaves_folder(folder, module.path):
@@ -337,25 +582,59 @@ def _is_module(entry: object) -> bool:
     )
 
 
-def _pooling(folder: Path, modules: list[_Module] | None) -> str | None:
+def _is_plain(modules: list[_Module] | None) -> bool:
+    """Say whether modules are a transformer, its pooling and normalisation, and nothing else."""
+    if modules is None:
+        return True
+    kinds = [module.kind for module in modules]
+    return (
+        all(module.own for module in modules)
+        and kinds[:2] == ["Transformer", "Pooling"]
+        and set(kinds[2:]) <= {"Normalize"}
+    )
+
+
+def _pooling(folder: Path, modules: list[_Module] | None) -> tuple[str | None, bool]:
+    """Give the pooling's mode, None where nothing says it, and whether it pools prompts, too."""
     module = next((module for module in modules or () if module.kind == "Pooling"), None)
     if module is None:
-        return None
+        return None, True
     config = JsonFile(folder / module.path / "config.json")
     mode = config.values.get("pooling_mode")
     modes = mode if isinstance(mode, list) else [mode] if mode else []
-    modes = modes or [name for key, name in _POOLING_KEYS.items() if config.values.get(key)]
+    modes = modes or [name for key, name in _POOLING_KEYS.items() if config.flag(key)]
     if not modes:
         config.refuse("it names no pooling mode")
-    return "+".join("last" if name == "lasttoken" else str(name) for name in modes)
+    for name in modes:
+        if name not in _POOLING_MODES:
+            config.refuse(f"pooling mode {name!r:.60} is none of {', '.join(_POOLING_MODES)}")
+    named = "+".join("last" if name == "lasttoken" else name for name in modes)
+    return named, config.flag("include_prompt", default=True)
 
 
 def _prompts(config: JsonFile) -> dict[str, str]:
-    prompts = config.values.get("prompts") or {}
-    if not isinstance(prompts, dict):
-        config.refuse(f"prompts must be a mapping, it is {prompts!r:.60}")
-    given = {name: text for name, text in prompts.items() if text is not None}
-    for name, text in given.items():
-        if not isinstance(text, str):
-            config.refuse(f"the prompt {name!r} must be a string, it is {text!r:.60}")
-    return given
+    """Give what goes in front of queries and of documents, as `SentenceTransformer.encode` has it.
+
+    An empty prompt says nothing: sentence-transformers writes them into every folder it saves.
+    """
+    prompts = {}
+    for name, text in config.mapping("prompts").items():
+        if text is not None:
+            try:
+                prompts[name] = arguments.text(f"the prompt {name!r:.60}", text)
+            except BGEError as exc:
+                config.refuse(str(exc).rstrip("."))
+    default = config.values.get("default_prompt_name")
+    if default is not None and default not in ("query", "document") and default not in prompts:
+        config.refuse(f"default_prompt_name {default!r:.60} is none of its prompts")
+    names = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    found = {}
+    for role, words in names.items():
+        other = [word for each in names.values() for word in each if word not in words]
+        given = [prompts[word] for word in words if prompts.get(word)]
+        # A default that is named after the other role is not for this one.
+        if not given and default is not None and default not in other:
+            given = [prompts.get(default, "")]
+        if given and given[0]:
+            found[role] = given[0]
+    return found

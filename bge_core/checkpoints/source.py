@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,10 +20,12 @@ from bge_core.checkpoints.catalog import (
     register,
     registered_profiles,
 )
-from bge_core.checkpoints.files import first_line, weight_files
+from bge_core.checkpoints.files import first_line, other_weights
 from bge_core.errors import CheckpointError, InputTypeError
 
 __all__ = ["Source", "locate"]
+
+logger = logging.getLogger(__name__)
 
 # No space left, file too large, quota exceeded.
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -70,14 +73,17 @@ class Source:
             msg = f"model must be a hub id or a folder's path, got {type(model).__name__}."
             raise InputTypeError(msg)
         name = os.fspath(model)
-        folder = Path(name).expanduser()
-        if name and folder.is_dir():
+        folder = Path(os.path.expanduser(name))  # noqa: PTH111 -- Path's raises where there is no home
+        if name and _is_folder(folder):
             # Absolute, so that "." has a name to be known by and a later chdir changes nothing.
             name = os.path.abspath(folder)  # noqa: PTH100 -- resolve() would follow the cache's links
         elif isinstance(model, os.PathLike) or not is_hub_id(name):
+            is_file = _is_file(folder)
+            hint = other_weights(folder.parent, folder.name) if is_file else ""
             msg = (
-                f"model={name!r} is no folder on this machine and no hub id: pass a folder with "
-                "config.json, or an id such as 'BAAI/bge-small-en-v1.5'."
+                f"model={name!r} is {'a file, ' if is_file else ''}no folder on this machine and "
+                "no hub id: pass a folder with config.json, or an id such as "
+                f"'BAAI/bge-small-en-v1.5'{hint or '.'}"
             )
             raise CheckpointError(msg)
         elif "/" not in name and (profile := find_profile(name)) and profile.id != name:
@@ -107,7 +113,26 @@ class Source:
     @property
     def is_local(self) -> bool:
         """Whether the model is a folder on this machine."""
-        return Path(self.model).is_dir()
+        return _is_folder(Path(self.model))
+
+    @property
+    def hub_cache(self) -> str | None:
+        """The hub's cache: the one that was asked for, sentence-transformers', or None for HF's."""
+        return self.cache_folder or os.environ.get("SENTENCE_TRANSFORMERS_HOME") or None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long for a path, with a NUL, or nobody's to see
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _source_of(values: Mapping[str, Any], rows: tuple[Profile, ...]) -> Source:
@@ -124,48 +149,84 @@ def locate(source: Source) -> Path:
     """
     if source.is_local:
         return Path(source.model)
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HFValidationError
+    try:
+        folder = _fetch(source, _WANTED)
+        if not any(folder.rglob("*.safetensors")):
+            # Older checkpoints, bge-m3 among them, have no safetensors.
+            folder = _fetch(source, (*_WANTED, "*pytorch_model*.bin"))
+    except Exception as exc:  # its two majors raise two HTTP clients' errors, and any of Python's
+        raise _not_found_error(source, exc) from exc
+    return folder
 
-    def fetch(patterns: tuple[str, ...], *, local: bool) -> Path:
+
+def _fetch(source: Source, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(*, local: bool) -> Path:
         return Path(
             snapshot_download(
                 source.model,
                 revision=source.revision,
-                cache_dir=source.cache_folder,
+                cache_dir=source.hub_cache,
                 local_files_only=local,
                 token=source.token,
                 allow_patterns=list(patterns),
             )
         )
 
+    local = source.local_files_only or _is_offline()
     try:
-        folder = fetch(_WANTED, local=source.local_files_only)
-        if not weight_files(folder):
-            # Older checkpoints, bge-m3 among them, have no safetensors.
-            folder = fetch((*_WANTED, "*pytorch_model*.bin"), local=source.local_files_only)
-    except (OSError, ValueError, httpx.HTTPError, HFValidationError) as exc:
-        where = f"cache_folder={source.cache_folder!r}" if source.cache_folder else "the hub cache"
-        if source.local_files_only:
-            why = f"it is not in {where}, and local_files_only=True forbids a download"
-        elif HF_HUB_OFFLINE:
-            why = f"it is not in {where}, and HF_HUB_OFFLINE=1 forbids a download"
-        else:
-            why = f"it is not in {where}, and the hub gave none ({first_line(exc)})"
-        if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
-            msg = (
-                f"model={source.model!r} can't be downloaded: {where} has no room "
-                f"({first_line(exc)}). Free some, or pass cache_folder='...' on another disk."
-            )
-            raise CheckpointError(msg) from exc
-        close = difflib.get_close_matches(source.model, tuple(PROFILES), n=1)
-        typo = close and close[0] != source.model
-        hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
-        msg = (
-            f"model={source.model!r} can't be found: {why}. {hint} the network and the revision, "
-            "or pass the path of a folder that has it."
+        return fetch(local=local)
+    except Exception as exc:
+        # Of a full commit that is in the cache the hub is asked all the same.
+        if local or _has_no_room(exc):
+            raise
+        try:
+            folder = fetch(local=True)
+        except Exception:  # noqa: BLE001 -- why the hub gave none says more
+            raise exc from None
+        # A download that broke off may have left a part.
+        if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+            raise
+        logger.warning(
+            "The hub gave no %r (%s): what the cache has of it is used.",
+            source.model,
+            first_line(exc),
         )
-        raise CheckpointError(msg) from exc
-    return folder
+        return folder
+
+
+def _has_no_room(exc: Exception) -> bool:
+    return isinstance(exc, OSError) and exc.errno in _NO_ROOM
+
+
+def _not_found_error(source: Source, exc: Exception) -> CheckpointError:
+    where = f"cache_folder={source.hub_cache!r}" if source.hub_cache else "the hub cache"
+    if _has_no_room(exc):
+        msg = (
+            f"model={source.model!r} can't be downloaded: {where} has no room "
+            f"({first_line(exc)}). Free some, or pass cache_folder='...' on another disk."
+        )
+        return CheckpointError(msg)
+    if source.local_files_only:
+        why = f"it is not in {where}, and local_files_only=True forbids a download"
+    elif _is_offline():
+        why = f"it is not in {where}, and HF_HUB_OFFLINE=1 forbids a download"
+    else:
+        why = f"it is not in {where}, and the hub gave none ({first_line(exc)})"
+    close = difflib.get_close_matches(source.model, tuple(PROFILES), n=1)
+    typo = close and close[0] != source.model
+    hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
+    msg = (
+        f"model={source.model!r} can't be found: {why}. {hint} the network and the revision, "
+        "or pass the path of a folder that has it."
+    )
+    return CheckpointError(msg)
+
+
+def _is_offline() -> bool:
+    try:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+    except Exception:  # noqa: BLE001 -- it raises of a variable that it can't read
+        return False
+    return bool(HF_HUB_OFFLINE)

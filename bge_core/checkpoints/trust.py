@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from bge_core.checkpoints.files import JsonFile, read_json
+from bge_core.checkpoints.files import read_json
 from bge_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from bge_core.checkpoints.metadata import Checkpoint
 
-__all__ = ["check_shards", "reject_remote_classes"]
+__all__ = ["reject_remote_classes"]
 
 # Beside modules.json, the files in which sentence-transformers 5 finds names that it imports.
 _NAMING_FILES = ("config.json", "router_config.json", "wordembedding_config.json")
@@ -43,22 +42,6 @@ def reject_remote_classes(checkpoint: Checkpoint) -> None:
                     "not run: it could do anything that you can. If you have read it and trust "
                     "it, pass trust_remote_code=True."
                 )
-                raise CheckpointError(msg)
-
-
-def check_shards(folder: Path) -> None:
-    """Refuse an index of weights that names a file elsewhere, or one that is not there."""
-    for index in folder.glob("*.index.json"):
-        named = JsonFile(index).values.get("weight_map")
-        for name in sorted(set(map(str, named.values()))) if isinstance(named, dict) else ():
-            if PurePosixPath(name.replace("\\", "/")).name != name or ":" in name:
-                msg = (
-                    f"{index} names the file {name!r}, which leaves the checkpoint's folder: "
-                    "such a checkpoint is refused."
-                )
-                raise CheckpointError(msg)
-            if not (folder / name).is_file():
-                msg = f"{folder} lacks {name}, a part of the weights: fetch the checkpoint again."
                 raise CheckpointError(msg)
 
 

@@ -99,7 +99,8 @@ class LocalModel(Closeable, Generic[Item]):
             _ = self.checkpoint  # reading it is the check
         elif profile := find_profile(source.model):
             check_profile(profile, kind, source.model)
-            self._check_length(profile.max_length)
+            if profile.kind == kind:
+                self._check_length(profile.max_length)
 
     def _start(self) -> None:
         self._closed = False
@@ -181,7 +182,7 @@ class LocalModel(Closeable, Generic[Item]):
         backend = BACKENDS.get(self._backend)
         if backend is not None and backend.dtype is not None:
             return self.devices, backend.dtype
-        profile = find_profile(self.model)
+        profile = find_profile(self.model, self._kind)
         if profile is None:
             # What another hub id says of itself is looked at when it loads.
             found = self.checkpoint if self._source.is_local else self._checkpoint

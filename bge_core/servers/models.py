@@ -68,7 +68,7 @@ _IN_FLIGHT = 4
 _FEW_ITEMS = 64
 # What an answer can have: a vector of many numbers written out in full, with spaces; a score
 # beside what else a server says of it; an echo of the request; and never more than the last.
-_VECTOR_BYTES = 8192 * 48
+_VECTOR_BYTES = 8192 * 40
 _SCORE_BYTES = 1024
 _OTHER_BYTES = 1 << 18
 _MOST_BYTES = 1 << 26
@@ -123,7 +123,7 @@ class ServedModel(Closeable, Generic[Item]):
         if self._source.is_local:
             self.checkpoint()  # reading it is the check
         else:
-            check_profile(self.profile, kind, self.model)
+            check_profile(find_served_profile(self.model), kind, self.model)
 
     def _start(self) -> None:
         self._closed = False
@@ -140,7 +140,7 @@ class ServedModel(Closeable, Generic[Item]):
     @property
     def profile(self) -> Profile | None:
         """The model's row in the table of published checkpoints."""
-        if profile := find_served_profile(self.model):
+        if profile := find_served_profile(self.model, self._kind):
             return profile
         checkpoint = self.checkpoint()
         return checkpoint.profile if checkpoint else None
@@ -152,7 +152,8 @@ class ServedModel(Closeable, Generic[Item]):
             return self._served_name
         if not self._source.is_local:
             return self.model
-        profile = self.profile
+        # By its own name alone: what it was trained from is another model.
+        profile = find_profile(self.model, self._kind)
         return profile.id if profile else Path(self.model).name
 
     @property
@@ -649,9 +650,9 @@ class RemoteReranker(PairScorer, ContextManaged):
         return self._served.non_finite_error(which)
 
 
-def find_served_profile(name: str) -> Profile | None:
+def find_served_profile(name: str, kind: Kind | None = None) -> Profile | None:
     """Find what is published under a server's name of a model; a version behind it is no matter."""
-    return find_profile(name) or find_profile(_TAG.sub("", name))
+    return find_profile(name, kind) or find_profile(_TAG.sub("", name), kind)
 
 
 def served_source(model: str | os.PathLike[str]) -> Source:

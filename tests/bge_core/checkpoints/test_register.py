@@ -67,7 +67,6 @@ def test_a_registered_folder_gets_its_instruction_pooling_and_limit(
         "ACME/Search",
         "mirror/search",
         "search",
-        "search:latest",
         "/models/search",
         "/runs/search/checkpoint-500",
         "/hub/models--acme--search/snapshots/5c38ec7c405ec4b44b94cc5a9bb96e735b38267a",

@@ -1,0 +1,85 @@
+"""A checkpoint's files and the user's home, while a model is loaded and before."""
+
+from __future__ import annotations
+
+import pytest
+
+from bge_core import Embedder, M3Embedder, Reranker
+
+TEXTS = ["Paris is in France.", "A cat sat on the mat."]
+
+
+# The file on disk is not the model in memory.
+
+
+@pytest.mark.parametrize("how", ["overwritten", "cut"])
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        ("code_folder", Embedder),
+        ("gemma2_folder", Embedder),
+        ("en_folder", Embedder),
+        ("gemma_reranker_folder", Reranker),
+    ],
+)
+def test_a_loaded_model_is_not_changed_by_its_file(script, request, copy_of, model, make, how):
+    """In a process of its own, which a file that was cut would end."""
+    folder = copy_of(request.getfixturevalue(model))
+    done = script(
+        """
+        import numpy as np
+        from bge_core import Embedder, Reranker
+        model = (Embedder if MAKE == "Embedder" else Reranker)(FOLDER, device="cpu")
+        texts = ["Paris is in France.", "A cat sat on the mat."]
+        ask = model.embed_documents if MAKE == "Embedder" else lambda t: model.score("where?", t)
+        before = np.array(ask(texts))
+        path = FOLDER + "/model.safetensors"
+        size = __import__("os").path.getsize(path)
+        with open(path, "r+b") as file:
+            if HOW == "cut":
+                file.truncate(100)
+            else:
+                file.seek(size // 2)
+                file.write(b"\\x3c" * (size - size // 2))
+        assert np.array_equal(before, np.array(ask(texts)))
+        print("the same")
+        """,
+        FOLDER=folder,
+        MAKE=make.__name__,
+        HOW=how,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the same" in done.stdout
+
+
+def test_a_head_that_is_replaced_later_is_not_put_on_the_old_encoder(m3_folder, copy_of):
+    import torch
+
+    folder = copy_of(m3_folder)
+    with M3Embedder(m3_folder) as known:
+        expected = known.encode(TEXTS, sparse=True)
+    with M3Embedder(folder) as model:
+        model.encode(TEXTS, sparse=False)
+        state = torch.load(folder / "sparse_linear.pt", weights_only=True)
+        torch.save({name: -tensor for name, tensor in state.items()}, folder / "sparse_linear.pt")
+        assert model.encode(TEXTS, sparse=True).sparse == expected.sparse
+
+
+def test_a_user_without_a_home_converts_for_openvino_all_the_same(script, en_folder):
+    pytest.importorskip("openvino")
+    done = script(
+        """
+        import os, pwd
+        os.environ.pop("HOME", None), os.environ.pop("XDG_CACHE_HOME", None)
+        def nobody(_):
+            raise KeyError("uid not found")
+        pwd.getpwuid = nobody
+        from bge_core import Embedder
+        for backend in ("openvino", "auto"):
+            with Embedder(FOLDER, backend=backend) as embedder:
+                print(embedder.embed_queries(["where?"]).shape)
+        """,
+        FOLDER=en_folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(1, 32)") == 2
