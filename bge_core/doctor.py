@@ -169,9 +169,9 @@ def _model(report: _Report, options: argparse.Namespace) -> None:
             _embedder(report, model, found)
         report.row("max_length", f"{model.max_length} tokens of {found.max_length}")
         start = time.perf_counter()
-        runners = model._loaded().runners
+        runners = model.local.loaded().runners
         report.row("loaded in", f"{time.perf_counter() - start:.1f} s")
-        report.row("computes on", f"{', '.join(model._placed()[0])}, {model.dtype}")
+        report.row("computes on", f"{', '.join(model.local.placed()[0])}, {model.dtype}")
         for priority, (runner, *_) in runners.items():
             how = "padded" if runner.padded else "packed"
             report.row(f"runs ({priority})", f"{how}, {type(runner).__name__}")
@@ -180,7 +180,7 @@ def _model(report: _Report, options: argparse.Namespace) -> None:
 
 
 def _embedder(report: _Report, model: Embedder, found: Checkpoint) -> None:
-    query, document = model.query_instruction, model._template.document
+    query, document = model.query_instruction, model._template.document_prefix
     if found.profile:
         origin = f"published for {found.profile.id}"
     elif "query" in found.prompts:

@@ -2,240 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from bge_core import arguments
 from bge_core.checkpoints.catalog import find_profile
-from bge_core.checkpoints.source import Source
-from bge_core.devices import Placement
-from bge_core.engine.call import run_off_loop
+from bge_core.engine.call import Call, adrive, drive
 from bge_core.engine.local_model import LocalModel
+from bge_core.engine.model import HasModel
+from bge_core.engine.progress import progress_bar
 from bge_core.lifecycle import fingerprint_of
+from bge_core.options import ModelArguments, ModelOptions, with_options_of
 from bge_core.prompts import QueryExample, resolve_prompts
-from bge_core.tokenizer import can_check_inline
-from bge_core.windows import MeanWindow, cut_windows
+from bge_core.tokenizer import can_tokenize_inline
+from bge_core.windows import compute_windows, split
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
+    from bge_core.arguments import Priority
     from bge_core.checkpoints.catalog import Profile
-    from bge_core.engine.call import Call, Encode
-    from bge_core.engine.scheduler import Priority
-    from bge_core.errors import ComputationError
+    from bge_core.engine.call import Steps
+    from bge_core.engine.model import TextModel
     from bge_core.prompts import PromptTemplate
-    from bge_core.tokenizer import Tokenizer, TokenSequence
-    from bge_core.windows import Window
 
-__all__ = ["DenseEmbedder", "Embedder"]
+__all__ = ["Embedder"]
 
 logger = logging.getLogger(__name__)
 
 _POOLINGS = ("cls", "mean", "last")
 
 
-class DenseEmbedder(ABC):
-    """What is the same wherever the vectors are computed: instructions, verbs, unit length.
-
-    Args:
-        query_instruction: Put in front of queries; None for the model card's, `""` for none.
-        task_description: A decoder's word for the same.
-        examples: Queries and their answers that bge-en-icl sees in front of each query.
-        task: llm-embedder's task; None for every other model.
-        normalize: Scale vectors to unit length.
-
-    Raises:
-        ArgumentError: An instruction that is not valid Unicode.
-        InputTypeError: An instruction that is no str.
-    """
-
-    def __init__(
-        self,
-        *,
-        query_instruction: str | None,
-        task_description: str | None,
-        examples: Iterable[QueryExample | Mapping[str, str]] | None,
-        task: str | None,
-        normalize: bool,
-    ) -> None:
-        if query_instruction is not None:
-            query_instruction = arguments.text("query_instruction", query_instruction)
-        if task_description is not None:
-            task_description = arguments.text("task_description", task_description)
-        self._instruction = query_instruction
-        self._task = task
-        self._normalize = arguments.flag("normalize", normalize)
-        self._task_description = task_description
-        self._examples = QueryExample.all_of(examples)
-        self._resolved: PromptTemplate | None = None
-
-    @property
-    @abstractmethod
-    def model(self) -> str:
-        """The hub id or folder."""
-
-    @property
-    @abstractmethod
-    def dimension(self) -> int:
-        """Length of a vector."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> str:
-        """The number format that computes."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with anything that changes the vectors."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the model."""
-
-    @abstractmethod
-    def _profile(self) -> Profile | None:
-        """Give the model's row in the table of published checkpoints."""
-
-    @abstractmethod
-    def _prompts(self) -> Mapping[str, str]:
-        """Give the prompts that the checkpoint carries."""
-
-    @abstractmethod
-    def _compute(
-        self, items: Sequence[str], *, priority: Priority, show_progress: bool = False
-    ) -> NDArray[np.float32] | None:
-        """Give a row a text, or None for no texts."""
-
-    @abstractmethod
-    async def _acompute(
-        self, items: Sequence[str], *, priority: Priority, show_progress: bool = False
-    ) -> NDArray[np.float32] | None:
-        """Give a row a text without blocking the event loop."""
-
-    def _query_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return self._compute(queries, priority="interactive")
-
-    async def _aquery_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return await self._acompute(queries, priority="interactive")
-
-    @abstractmethod
-    def _non_finite_error(self, which: str) -> ComputationError:
-        """Say that NaN or infinity came out."""
-
-    @property
-    def query_instruction(self) -> str:
-        """What is put in front of a query, of a decoder its task; `""` for nothing."""
-        if self._template.instruction is None:
-            _warn_of_no_instruction(self.model, self._profile())
-        return self._template.instruction or ""
-
-    def embed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
-        """Embed queries, with the model's query instruction in front.
-
-        Args:
-            texts: Queries; an empty one is embedded as the model itself would.
-
-        Returns:
-            [n, dimension] float32, in order.
-
-        Raises:
-            ArgumentError: A text is not valid Unicode.
-            ClosedError: The model was closed.
-            ComputationError: The model gave NaN or infinity.
-            InputTypeError: `texts` is no list of str.
-            TruncationError: A text is too long and `on_truncation="error"`.
-        """
-        return self._vectors(self._query_rows(self._queries(texts)))
-
-    async def aembed_queries(self, texts: Iterable[str]) -> NDArray[np.float32]:
-        """Embed queries without blocking the event loop; see `embed_queries`."""
-        # A hub id may be downloaded to learn its instruction.
-        known = self._resolved is not None
-        queries = await run_off_loop(self._queries, texts, inline=known and can_check_inline(texts))
-        rows = await self._aquery_rows(queries)
-        return self._vectors(rows) if queries else await asyncio.to_thread(self._vectors, None)
-
-    def embed_documents(
-        self, texts: Iterable[str], *, show_progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Embed documents, as they are.
-
-        Args:
-            texts: Documents; an empty one is embedded as the model itself would.
-            show_progress: Show a progress bar.
-
-        Returns:
-            [n, dimension] float32, in order. Equal texts are computed once.
-
-        Raises:
-            ArgumentError: A text is not valid Unicode.
-            ClosedError: The model was closed.
-            ComputationError: The model gave NaN or infinity.
-            InputTypeError: `texts` is no list of str.
-            TruncationError: A text is too long and `on_truncation="error"`.
-        """
-        documents = self._documents(texts)
-        return self._vectors(
-            self._compute(documents, priority="background", show_progress=show_progress)
-        )
-
-    async def aembed_documents(
-        self, texts: Iterable[str], *, show_progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Embed documents without blocking the event loop; see `embed_documents`."""
-        documents = await asyncio.to_thread(self._documents, texts)
-        rows = await self._acompute(documents, priority="background", show_progress=show_progress)
-        return await asyncio.to_thread(self._vectors, rows)
-
-    def _queries(self, texts: Iterable[str]) -> list[str]:
-        checked = arguments.texts("texts", texts)
-        if self._template.instruction is None:
-            _warn_of_no_instruction(self.model, self._profile())
-        before = self._template.before
-        return [f"{before}{text}" for text in checked] if before else checked
-
-    def _documents(self, texts: Iterable[str]) -> list[str]:
-        checked = arguments.texts("texts", texts)
-        before = self._template.document
-        return [f"{before}{text}" for text in checked] if before else checked
-
-    @property
-    def _template(self) -> PromptTemplate:
-        if self._resolved is None:
-            profile = self._profile()
-            self._resolved = resolve_prompts(
-                self.model,
-                profile,
-                {} if profile else self._prompts(),
-                query_instruction=self._instruction,
-                task_description=self._task_description,
-                task=self._task,
-                examples=self._examples,
-            )
-        return self._resolved
-
-    def _vectors(self, rows: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        if rows is None:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            which = f"texts[{int(finite.argmin())}]"
-            raise self._non_finite_error(which)
-        if self._normalize:
-            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
-        return rows
-
-
-class Embedder(LocalModel[str], DenseEmbedder):
+class Embedder(HasModel):
     """A BGE embedding model, or any other that sentence-transformers can save.
 
     Arguments are checked at once; weights load at first use, are shared by every embedder on the
@@ -257,26 +59,13 @@ class Embedder(LocalModel[str], DenseEmbedder):
         pooling: `"cls"`, `"mean"` or `"last"`; None for what the checkpoint says.
         normalize: Scale vectors to unit length, so that a dot product is the cosine. False
             gives the pooled vector as it is.
-        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
-        dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
-            `"float16"` or `"bfloat16"`. Vectors are float32 always.
-        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
-        max_length: Tokens that are read of a text, special ones included; None for the
-            checkpoint's own limit.
-        batch_tokens: Tokens computed in one pass; None for the device's default.
-        on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
         long_passages: What happens with a document that doesn't fit: `"truncate"` reads its
-            beginning; `"window"` reads all of it, in overlapping windows of one size, and the
-            vector is the mean of their pooled vectors, normalised then. One that fits has the
-            same vector either way. Queries are cut in any case.
-        backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
-            `[openvino]`; or `"auto"`: OpenVINO for queries where it is installed and runs the
-            model, torch for the rest.
-        cache_folder: The hub's cache; None for the usual one.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Never go to the network.
-        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
-        token: A hub token for private models.
+            beginning; `"window"` reads all of it, in overlapping windows, and the vector is the
+            mean of their pooled vectors, normalised then. One that fits has the same vector
+            either way. Queries are truncated in any case.
+        **options: `device`, `dtype`, `use_fp16`, `max_length`, `batch_tokens`, `on_truncation`,
+            `backend`, `cache_folder`, `revision`, `local_files_only`, `trust_remote_code` and
+            `token`, as `bge_core.options.ModelOptions` describes them.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -292,6 +81,7 @@ class Embedder(LocalModel[str], DenseEmbedder):
         ((2, 384), 0)
     """
 
+    @with_options_of(ModelOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -302,135 +92,253 @@ class Embedder(LocalModel[str], DenseEmbedder):
         task: str | None = None,
         pooling: str | None = None,
         normalize: bool = True,
-        device: str | Sequence[str] | None = None,
-        dtype: str | torch.dtype = "auto",
-        use_fp16: bool | None = None,
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        on_truncation: str = "warn",
         long_passages: str = "truncate",
-        backend: str = "torch",
-        cache_folder: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        token: str | None = None,
+        **options: Unpack[ModelArguments],
     ) -> None:
         if pooling is not None:
-            arguments.one_of("pooling", pooling, _POOLINGS, instead=", or None")
-        self._long_passages = arguments.one_of(
-            "long_passages", long_passages, arguments.LONG_PASSAGES
-        )
-        DenseEmbedder.__init__(
-            self,
+            pooling = arguments.one_of("pooling", pooling, _POOLINGS, instead=", or None")
+        local = LocalModel(ModelOptions(model=model, **options), kind="embedder", pooling=pooling)
+        self._set_up(
+            local,
             query_instruction=query_instruction,
             task_description=task_description,
             examples=examples,
             task=task,
             normalize=normalize,
+            long_passages=long_passages,
         )
-        LocalModel.__init__(
-            self,
-            kind="embedder",
-            source=Source.of(
-                model,
-                revision=revision,
-                cache_folder=cache_folder,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
-                token=token,
-            ),
-            placement=Placement.of(device=device, dtype=dtype, use_fp16=use_fp16),
-            pooling=pooling,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            on_truncation=on_truncation,
-            backend=backend,
-        )
-        known = self._source.is_local or find_profile(self.model, "embedder") is not None
+        known = local.is_local_folder or find_profile(local.model, "embedder") is not None
         if known or task is not None or task_description is not None or self._examples:
             _ = self._template  # making it is the check
 
+    def _set_up(
+        self,
+        model: TextModel,
+        *,
+        query_instruction: str | None,
+        task_description: str | None,
+        examples: Iterable[QueryExample | Mapping[str, str]] | None,
+        task: str | None,
+        normalize: bool,
+        long_passages: str,
+    ) -> None:
+        """Check what is the same here and on a server."""
+        if query_instruction is not None:
+            query_instruction = arguments.text("query_instruction", query_instruction)
+        if task_description is not None:
+            task_description = arguments.text("task_description", task_description)
+        self._model = model
+        self._instruction = query_instruction
+        self._task_description = task_description
+        self._examples = QueryExample.all_of(examples)
+        self._task = task
+        self._normalize = arguments.flag("normalize", normalize)
+        self._long_passages = arguments.one_of(
+            "long_passages", long_passages, arguments.LONG_PASSAGES
+        )
+        self._resolved: PromptTemplate | None = None
+
     @property
     def dimension(self) -> int:
-        """Length of a vector."""
-        found = self.checkpoint
-        if found.plain and (self._pooling or found.pooling) in _POOLINGS:
-            return found.hidden_size
-        return int(self.embed_documents([""]).shape[1])
+        """Length of a vector; computed from one where neither files nor the model's name say it."""
+        return drive(self._dimension())
+
+    @property
+    def query_instruction(self) -> str:
+        """What is put in front of a query, of a decoder its task; `""` for nothing."""
+        if self._template.instruction is None:
+            _warn_of_no_instruction(self.model, self._model.profile)
+        return self._template.instruction or ""
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the vectors.
 
         The weights, the tokenizer, instructions, pooling, normalisation, length and dtype count;
-        the folder's place and batch sizes don't, the device only through its dtype. For the
-        namespaces of caches.
+        the folder's place and batch sizes don't, the device only through its dtype. What a server
+        runs can't be known: there the model's name stands for it. For the namespaces of caches.
         """
-        found = self.checkpoint
-        frame = self._template
-        parts = (
-            self._content(),
-            self._pooling or found.pooling,
+        template = self._template
+        return fingerprint_of(
+            *self._model.fingerprint,
             self._normalize,
-            self.max_length,
-            self.dtype,
-            frame.before,
-            frame.document,
-            *([frame.examples, frame.after] if frame.after else []),
-            *(["window"] if self._long_passages == "window" else []),
-        )
-        return fingerprint_of(*parts)
-
-    def _encode(
-        self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[TokenSequence], list[bool]]:
-        return tokenizer.encode(items, max_length=self.max_length)
-
-    def _encode_queries(
-        self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[TokenSequence], list[bool]]:
-        frame = self._template
-        if not (frame.after or frame.examples):
-            return self._encode(tokenizer, items)
-        return tokenizer.encode_between(
-            items,
-            before=frame.examples,
-            after=frame.after,
-            max_length=self.max_length,
-            most=self.checkpoint.max_length,
+            self._long_passages,
+            template.query_prefix,
+            template.document_prefix,
+            template.few_shot_prefix,
+            template.query_suffix,
         )
 
-    def _call(self, items: Sequence[str], encode: Encode[str] | None = None) -> Call[str]:
-        if self._long_passages == "window" and encode is None:
-            return MeanWindow(items, cut=self._cut)
-        return super()._call(items, encode)  # queries have a way of their own
+    def embed_queries(
+        self, texts: Iterable[str], *, priority: Priority = "interactive"
+    ) -> NDArray[np.float32]:
+        """Embed queries, with the model's query instruction in front.
 
-    def _cut(
-        self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[list[Window]], list[bool]]:
-        rooms = [tokenizer.single_room(self.max_length)] * len(items)
-        windows = cut_windows(tokenizer, rooms, items, lead=len(self._template.document))
-        return windows, [False] * len(items)
+        Args:
+            texts: Queries; an empty one is embedded as the model itself would.
+            priority: `"interactive"` for what somebody waits for, `"background"` for the queries
+                of a job: they come after those.
 
-    def _profile(self) -> Profile | None:
-        # A published hub id is known without looking at its files.
-        return find_profile(self.model, "embedder") or self.checkpoint.profile
+        Returns:
+            [n, dimension] float32, in order.
 
-    def _prompts(self) -> Mapping[str, str]:
-        return self.checkpoint.prompts
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            EndpointError: The server can't be reached, fails, or gives no such answer.
+            InputTypeError: `texts` is no list of str.
+            TruncationError: A text is too long and `on_truncation="error"`.
+        """
+        return drive(self._embed_queries(texts, priority))
 
-    def _query_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return self._compute(queries, priority="interactive", encode=self._encode_queries)
+    async def aembed_queries(
+        self, texts: Iterable[str], *, priority: Priority = "interactive"
+    ) -> NDArray[np.float32]:
+        """Embed queries without blocking the event loop; see `embed_queries`."""
+        steps = self._embed_queries(texts, priority)
+        return await adrive(steps, inline=can_tokenize_inline(texts), at_once=self._ready)
 
-    async def _aquery_rows(self, queries: Sequence[str]) -> NDArray[np.float32] | None:
-        return await self._acompute(queries, priority="interactive", encode=self._encode_queries)
+    def embed_documents(
+        self,
+        texts: Iterable[str],
+        *,
+        priority: Priority = "background",
+        show_progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed documents, as they are.
+
+        Args:
+            texts: Documents; an empty one is embedded as the model itself would.
+            priority: `"interactive"` for what somebody waits for, `"background"` for the rest.
+            show_progress: Show a progress bar.
+
+        Returns:
+            [n, dimension] float32, in order. Equal texts are computed once.
+
+        Raises:
+            ArgumentError: A text is not valid Unicode.
+            ClosedError: The model was closed.
+            ComputationError: The model gave NaN or infinity.
+            EndpointError: The server can't be reached, fails, or gives no such answer.
+            InputTypeError: `texts` is no list of str.
+            TruncationError: A text is too long and `on_truncation="error"`.
+        """
+        return drive(self._embed_documents(texts, priority, show_progress))
+
+    async def aembed_documents(
+        self,
+        texts: Iterable[str],
+        *,
+        priority: Priority = "background",
+        show_progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed documents without blocking the event loop; see `embed_documents`."""
+        steps = self._embed_documents(texts, priority, show_progress)
+        return await adrive(steps, inline=can_tokenize_inline(texts), at_once=self._ready)
+
+    def _embed_queries(
+        self, texts: Iterable[str], priority: Priority
+    ) -> Steps[NDArray[np.float32]]:
+        queries = arguments.texts("texts", texts)
+        priority = arguments.one_of("priority", priority, arguments.PRIORITIES)
+        template = self._template
+        if template.instruction is None:
+            _warn_of_no_instruction(self.model, self._model.profile)
+        if prefix := template.query_prefix:
+            queries = [prefix + query for query in queries]
+        call = Call(queries, around=(template.few_shot_prefix, template.query_suffix))
+        yield from self._model.steps(call, priority=priority)
+        return self._vectors(call.to_array()) if queries else (yield from self._no_vectors())
+
+    def _embed_documents(
+        self, texts: Iterable[str], priority: Priority, show_progress: bool
+    ) -> Steps[NDArray[np.float32]]:
+        documents = arguments.texts("texts", texts)
+        priority = arguments.one_of("priority", priority, arguments.PRIORITIES)
+        if self._long_passages == "window" and documents:
+            return (yield from self._embed_windows(documents, priority, show_progress))
+        if prefix := self._template.document_prefix:
+            documents = [prefix + document for document in documents]
+        call = Call(documents)
+        with progress_bar(len(call.items), show=show_progress) as progress:
+            yield from self._model.steps(call, priority=priority, progress=progress)
+        return self._vectors(call.to_array()) if documents else (yield from self._no_vectors())
+
+    def _embed_windows(
+        self, documents: Sequence[str], priority: Priority, show_progress: bool
+    ) -> Steps[NDArray[np.float32]]:
+        """Embed each document's windows as documents; their mean is its vector."""
+        model, prefix = self._model, self._template.document_prefix
+        tokenizer = model.tokenizer()
+        layout = tokenizer.text_layout(model.max_length)
+        with progress_bar(None, show=show_progress, unit="window") as progress:
+
+            def compute(windows: list[str], parts: set[str]) -> Steps[NDArray[np.float32]]:
+                call = Call(
+                    [prefix + window for window in windows],
+                    reports=False,
+                    parts={prefix + part for part in parts},
+                )
+                yield from model.steps(call, priority=priority, progress=progress)
+                return call.to_array()
+
+            rows, _ = yield from compute_windows(
+                documents,
+                split_item=lambda document: split(tokenizer, document, layout, prefix=prefix),
+                window_of=lambda document, span: document[slice(*span)],
+                compute=compute,
+            )
+        # Windows of one document have one size, so none counts more.
+        return self._vectors(
+            np.stack([row[0] if len(row) == 1 else row.mean(axis=0) for row in rows])
+        )
+
+    def _no_vectors(self) -> Steps[NDArray[np.float32]]:
+        return np.empty((0, (yield from self._dimension())), dtype=np.float32)
+
+    def _dimension(self) -> Steps[int]:
+        if (known := self._model.dimension) is not None:
+            return known
+        call = Call(["a"], reports=False)
+        yield from self._model.steps(call, priority="interactive")
+        return int(call.to_array().shape[1])
+
+    def _vectors(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            which = f"texts[{int(finite.argmin())}]"
+            raise self._model.non_finite_error(which)
+        if self._normalize:
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows /= np.maximum(lengths, np.finfo(np.float32).tiny)
+        return rows
+
+    @property
+    def _ready(self) -> bool:
+        # A hub id may be downloaded to learn its instruction.
+        return self._model.ready and self._resolved is not None
+
+    @property
+    def _template(self) -> PromptTemplate:
+        if self._resolved is None:
+            profile = self._model.profile
+            self._resolved = resolve_prompts(
+                self.model,
+                profile,
+                {} if profile else self._model.prompts,
+                query_instruction=self._instruction,
+                task_description=self._task_description,
+                task=self._task,
+                examples=self._examples,
+            )
+        return self._resolved
 
 
 def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:
-    if model in _said:
+    if model in _warned_models:
         return
-    _said.add(model)
+    _warned_models.add(model)
     if profile is not None:
         logger.warning(
             "%r wants a task for its queries, and its card leaves the wording to you: they get "
@@ -446,4 +354,4 @@ def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:
     )
 
 
-_said: set[str] = set()
+_warned_models: set[str] = set()

@@ -1,19 +1,18 @@
-"""What a model here and one on a server share: how they are closed, waited for and known again."""
+"""How a model here and one on a server are closed, copied, pickled and known again."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import threading
+import weakref
 from abc import ABC, abstractmethod
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-from bge_core.errors import closed_error, closed_while_waiting_error
+from bge_core.errors import closed_error
 
 __all__ = ["Closeable", "ContextManaged", "fingerprint_of"]
-
-Done = TypeVar("Done")
 
 
 class ContextManaged(ABC):
@@ -21,10 +20,10 @@ class ContextManaged(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
 
     def __enter__(self) -> Self:
-        """Give the object itself."""
+        """Return the object itself."""
         return self
 
     def __exit__(
@@ -40,27 +39,59 @@ class ContextManaged(ABC):
 class Closeable(ContextManaged):
     """A model that can be closed while others wait for it.
 
-    Pickles and copies carry the configuration: what `_start` makes anew is in `_of_a_process`.
+    Pickles and copies carry the configuration. The rest is `_unpickled_attributes`, which
+    `_init_process_state` makes anew in each process.
     """
 
     _closed: bool
-    _unpickled_attributes: ClassVar[frozenset[str]]
+    _unpickled_attributes: ClassVar[frozenset[str]] = frozenset(
+        {"_closed", "_flight_lock", "_in_flight"}
+    )
 
     @property
     @abstractmethod
     def model(self) -> str:
         """The hub id or folder."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Let go of the model; callers that still wait get a `ClosedError`."""
+        """Release the model. Callers that still wait get a `ClosedError`.
 
-    @abstractmethod
-    def _start(self) -> None:
+        Closing twice is harmless.
+        """
+        self._closed = True
+        with self._flight_lock:
+            waiting = list(self._in_flight)
+        for future in waiting:
+            future.cancel()
+
+    def check_open(self) -> None:
+        """Refuse to go on where the model was closed.
+
+        Raises:
+            ClosedError: It was.
+        """
+        if self._closed:
+            raise closed_error(self.model)
+
+    def after_fork(self) -> None:
+        """Start over in a forked child: what another thread held there stays locked for ever."""
+        self._flight_lock = threading.Lock()
+        self._in_flight: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+
+    def _init_process_state(self) -> None:
         """Make what belongs to this process."""
+        self._closed = False
+        Closeable.after_fork(self)
+
+    def _track(self, future: Future[Any]) -> None:
+        """Remember work in flight, which closing cancels."""
+        with self._flight_lock:
+            self._in_flight.add(future)
+        if self._closed:
+            future.cancel()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give the configuration, without weights, locks, connections or work in flight."""
+        """Return the configuration, without weights, locks, connections or work in flight."""
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -70,30 +101,7 @@ class Closeable(ContextManaged):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a configuration; what else is needed is made at first use."""
         self.__dict__.update(state)
-        self._start()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise closed_error(self.model)
-
-    def _wait(self, future: Future[Done]) -> Done:
-        try:
-            return future.result()
-        except CancelledError as exc:
-            raise closed_while_waiting_error(self.model) from exc
-        except BaseException:
-            # Ctrl-C in the waiting thread: nobody wants the rest any more.
-            future.cancel()
-            raise
-
-    async def _await(self, future: Future[Done]) -> Done:
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError as exc:
-            task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
-                raise
-            raise closed_while_waiting_error(self.model) from exc
+        self._init_process_state()
 
 
 def fingerprint_of(*parts: object) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -16,25 +15,27 @@ from bge_core.backends.loading import load_head
 from bge_core.backends.output_cache import share_outputs
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import is_m3_architecture, missing_head_error
-from bge_core.checkpoints.source import Source
-from bge_core.devices import Placement
-from bge_core.engine.call import Call, non_finite_error, run_off_loop, slices_of
+from bge_core.engine.call import Call, adrive, drive, slices_of
 from bge_core.engine.local_model import LocalModel
+from bge_core.engine.model import HasModel
 from bge_core.engine.process import hold_interpreter_exit
+from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.lifecycle import fingerprint_of
-from bge_core.reranker import Ranked, Ranking, check_limits, query_pairs, rank_scores
-from bge_core.tokenizer import can_check_inline
+from bge_core.options import ModelArguments, ModelOptions, with_options_of
+from bge_core.reranker import Scored, Scorer
+from bge_core.tokenizer import can_tokenize_inline
+from bge_core.windows import best_window, compute_windows, split
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
+    from bge_core.arguments import Priority
     from bge_core.backends.m3_heads import M3Row
     from bge_core.checkpoints.catalog import Output
     from bge_core.checkpoints.metadata import Checkpoint
-    from bge_core.engine.scheduler import Priority, Rows
-    from bge_core.tokenizer import Tokenizer, TokenSequence
+    from bge_core.engine.call import Steps
+    from bge_core.engine.scheduler import Rows
 
 __all__ = ["M3Embedder", "M3Outputs", "M3Reranker", "M3Weights"]
 
@@ -137,7 +138,7 @@ class M3Outputs:
     tokens: list[dict[str, float]] | None = None
 
 
-class M3Embedder(LocalModel[str]):
+class M3Embedder(HasModel):
     """bge-m3: a dense vector, a weight a token, and a vector a token, from one forward pass.
 
     Queries and documents are encoded alike: bge-m3 wants no instruction. Arguments are checked at
@@ -151,20 +152,10 @@ class M3Embedder(LocalModel[str]):
             `Embedder` on the same model: whoever asks first for the dense or the sparse output of
             some texts leaves the other, at most 64 MiB, for the second. For vector stores, which
             ask for one after the other.
-        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
-        dtype: `"auto"` (float16 on cuda, else float32), `"float32"`, `"float16"` or
-            `"bfloat16"`. Outcomes are float32 always.
-        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
-        max_length: Tokens that are read of a text, special ones included; None for the
-            checkpoint's own limit, 8,192.
-        batch_tokens: Tokens computed in one pass; None for the device's default.
-        on_truncation: `"warn"` logs one line a call, `"error"` refuses, `"ignore"` is silent.
-        backend: `"torch"`; `"auto"` means the same here, since only torch gives all outputs.
-        cache_folder: The hub's cache; None for the usual one.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Never go to the network.
-        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
-        token: A hub token for private models.
+        **options: `device`, `dtype`, `use_fp16`, `max_length`, `batch_tokens`, `on_truncation`,
+            `backend`, `cache_folder`, `revision`, `local_files_only`, `trust_remote_code` and
+            `token`, as `bge_core.options.ModelOptions` describes them. `backend="auto"` is torch
+            here, since only torch gives all outputs.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -180,50 +171,31 @@ class M3Embedder(LocalModel[str]):
         (1,)
     """
 
+    _model: LocalModel
+
+    @with_options_of(ModelOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
         share_outputs: bool = False,
-        device: str | Sequence[str] | None = None,
-        dtype: str | torch.dtype = "auto",
-        use_fp16: bool | None = None,
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        on_truncation: str = "warn",
-        backend: str = "torch",
-        cache_folder: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        token: str | None = None,
+        **options: Unpack[ModelArguments],
     ) -> None:
         self._share = arguments.flag("share_outputs", share_outputs)
-        super().__init__(
-            kind="embedder",
-            source=Source.of(
-                model,
-                revision=revision,
-                cache_folder=cache_folder,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
-                token=token,
-            ),
-            placement=Placement.of(device=device, dtype=dtype, use_fp16=use_fp16),
-            # Of a bare folder, too: the further layers say what it is.
-            pooling="cls",
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            on_truncation=on_truncation,
-            backend="torch" if backend == "auto" else backend,
-        )
-        if self._backend != "torch":
+        backend = options.get("backend", "torch")
+        if backend == "auto":
+            options["backend"] = "torch"
+        # CLS of a bare folder, too: the further layers say what it is.
+        local = LocalModel(ModelOptions(model=model, **options), kind="embedder", pooling="cls")
+        if local.options.backend != "torch":
             msg = (
                 f"backend={backend!r} gives dense vectors only: pass backend='torch', or use an "
                 "embedding class."
             )
             raise ArgumentError(msg)
+        self._model = local
         self._check_make()
+        self._init_process_state()
 
     @property
     def dimension(self) -> int:
@@ -236,8 +208,7 @@ class M3Embedder(LocalModel[str]):
 
         As `Embedder.fingerprint`: the weights and the length count, not the device or the place.
         """
-        parts = ("m3", self._content(), self.max_length, self.dtype)
-        return fingerprint_of(*parts)
+        return fingerprint_of("m3", *self._model.fingerprint)
 
     def require(self, *outputs: Output) -> None:
         """Refuse a checkpoint that can't give some outputs, where that is known by now.
@@ -250,13 +221,13 @@ class M3Embedder(LocalModel[str]):
         Raises:
             CheckpointError: A file that an output needs is missing; says which.
         """
-        if not self._source.is_local and self._checkpoint is None:
+        found = self._model.known_checkpoint
+        if found is None:
             profile = find_profile(self.model, "embedder")
             lacking = [output for output in outputs if profile and output not in profile.outputs]
             if lacking:
                 raise _gives_no(self.model, lacking[0])
             return
-        found = self.checkpoint
         for output in outputs:
             if output != "dense" and output not in found.heads:
                 raise missing_head_error(found, output)
@@ -295,11 +266,8 @@ class M3Embedder(LocalModel[str]):
             InputTypeError: `texts` is no list of str.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        call = self._asked(texts, dense, sparse, multi_vector, return_tokens)
-        if call.items:
-            self._check_heads(call)
-            self._fill(call, priority=priority, show_progress=show_progress)
-        return self._outputs(call, return_tokens=return_tokens)
+        asked = self._asked(dense, sparse, multi_vector, return_tokens)
+        return drive(self._encode(texts, asked, return_tokens, priority, show_progress))
 
     async def aencode(
         self,
@@ -313,18 +281,17 @@ class M3Embedder(LocalModel[str]):
         show_progress: bool = False,
     ) -> M3Outputs:
         """Encode texts without blocking the event loop; see `encode`."""
-        asked = dense, sparse, multi_vector, return_tokens
-        call = await run_off_loop(self._asked, texts, *asked, inline=can_check_inline(texts))
-        if call.items:
-            await self._acheck_heads(call)
-            await self._afill(call, priority=priority, show_progress=show_progress)
-        return await asyncio.to_thread(self._outputs, call, return_tokens=return_tokens)
+        asked = self._asked(dense, sparse, multi_vector, return_tokens)
+        steps = self._encode(texts, asked, return_tokens, priority, show_progress)
+        ready = self._ready(asked)
+        return await adrive(steps, inline=can_tokenize_inline(texts), at_once=ready)
 
     def score(
         self,
         pairs: Iterable[tuple[str, str]],
         *,
         weights: M3Weights | Mapping[str, float] | None = None,
+        priority: Priority = "background",
         show_progress: bool = False,
     ) -> NDArray[np.float32]:
         """Score (query, passage) pairs by all outputs, each distinct text encoded once.
@@ -333,6 +300,8 @@ class M3Embedder(LocalModel[str]):
             pairs: Pairs of str.
             weights: How much each output counts; None for 1, 0.3 and 1. An output of weight 0
                 is not computed.
+            priority: `"background"` for bulk, which live queries overtake; `"interactive"` for
+                what somebody waits for.
             show_progress: Show a progress bar.
 
         Returns:
@@ -347,29 +316,37 @@ class M3Embedder(LocalModel[str]):
             InputTypeError: An argument of the wrong type.
             TruncationError: A text is too long and `on_truncation="error"`.
         """
-        call = self._scoring(pairs, weights)
-        if call.items:
-            self._check_heads(call)
-            self._fill(call, priority="interactive", show_progress=show_progress)
-        return call.scores
+        return drive(self.score_steps(pairs, M3Weights.of(weights), priority, show_progress))
 
     async def ascore(
         self,
         pairs: Iterable[tuple[str, str]],
         *,
         weights: M3Weights | Mapping[str, float] | None = None,
+        priority: Priority = "background",
         show_progress: bool = False,
     ) -> NDArray[np.float32]:
         """Score pairs without blocking the event loop; see `score`."""
-        call = await run_off_loop(self._scoring, pairs, weights, inline=can_check_inline(pairs))
-        if call.items:
-            await self._acheck_heads(call)
-            await self._afill(call, priority="interactive", show_progress=show_progress)
+        known = M3Weights.of(weights)
+        steps = self.score_steps(pairs, known, priority, show_progress)
+        ready = self._ready(known.outputs)
+        return await adrive(steps, inline=can_tokenize_inline(pairs), at_once=ready)
+
+    def score_steps(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        weights: M3Weights,
+        priority: Priority,
+        show_progress: bool,
+    ) -> Steps[NDArray[np.float32]]:
+        """Score pairs step by step, as `score` and `ascore` do; see `Steps`."""
+        call = _Scoring(arguments.pairs("pairs", pairs), weights, self._read)
+        yield from self._compute(call, weights.outputs, priority, show_progress)
         return call.scores
 
     def close(self) -> None:
-        """Let go of the model, and of what its passes left for others; see `LocalModel.close`."""
-        engine = self._engine
+        """Release the model, and what passes left for others; see `HasModel.close`."""
+        engine = self._model.engine
         super().close()
         if self._stop_sharing is not None:
             self._stop_sharing()
@@ -377,35 +354,32 @@ class M3Embedder(LocalModel[str]):
             engine.output_cache.clear_unless_shared()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give the configuration only."""
+        """Return the configuration only."""
         state = super().__getstate__()
         del state["_stop_sharing"], state["_checked"]
         return state
 
-    def _start(self) -> None:
-        super()._start()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a configuration."""
+        self.__dict__.update(state)
+        self._init_process_state()
+
+    def _init_process_state(self) -> None:
         self._checked: frozenset[Output] = frozenset()
         self._stop_sharing: Callable[[], object] | None = None
         if self._share:
-            self._stop_sharing = share_outputs(self, self._source.name)
+            self._stop_sharing = share_outputs(self, self._model.options.source.name)
 
     def _check_make(self) -> None:
         """Refuse what is known by now to be no checkpoint of bge-m3's make."""
-        if self._source.is_local:
+        if self._model.is_local_folder:
             _check_make(self.checkpoint)
         elif (profile := find_profile(self.model, "embedder")) and profile.family != "xlm-roberta":
             raise _gives_no(self.model, "sparse")
 
-    def _encode(
-        self, tokenizer: Tokenizer, items: Sequence[str]
-    ) -> tuple[list[TokenSequence], list[bool]]:
-        return tokenizer.encode(items, max_length=self.max_length)
-
     def _asked(
-        self, texts: Iterable[str], dense: bool, sparse: bool, multi_vector: bool, tokens: bool
-    ) -> Call[str]:
-        known = arguments.texts("texts", texts)
-        self._check_open()
+        self, dense: bool, sparse: bool, multi_vector: bool, tokens: bool
+    ) -> frozenset[Output]:
         asked: dict[Output, bool] = {
             "dense": arguments.flag("dense", dense),
             "sparse": arguments.flag("sparse", sparse),
@@ -418,33 +392,54 @@ class M3Embedder(LocalModel[str]):
         if arguments.flag("return_tokens", tokens) and not sparse:
             msg = "return_tokens=True spells the sparse output out: ask for it with sparse=True."
             raise ArgumentError(msg)
-        return Call(known, requested_outputs=outputs)
+        return outputs
 
-    def _scoring(
-        self, pairs: Iterable[tuple[str, str]], weights: M3Weights | Mapping[str, float] | None
-    ) -> _Scoring:
-        known = arguments.pairs("pairs", pairs)
-        self._check_open()
-        return _Scoring(known, M3Weights.of(weights), self._read)
+    def _ready(self, outputs: frozenset[Output]) -> bool:
+        """Whether a call for these outputs starts without loading anything."""
+        return self._model.ready and outputs <= self._checked
 
-    def _check_heads(self, call: Call[str]) -> None:
+    def _encode(
+        self,
+        texts: Iterable[str],
+        outputs: frozenset[Output],
+        return_tokens: bool,
+        priority: Priority,
+        show_progress: bool,
+    ) -> Steps[M3Outputs]:
+        call = Call(arguments.texts("texts", texts), requested_outputs=outputs)
+        yield from self._compute(call, outputs, priority, show_progress)
+        return self._outputs(call, outputs, return_tokens=return_tokens)
+
+    def _compute(
+        self,
+        call: Call[str],
+        outputs: frozenset[Output],
+        priority: Priority,
+        show_progress: bool,
+    ) -> Steps[None]:
+        priority = arguments.one_of("priority", priority, arguments.PRIORITIES)
+        self._model.check_open()
+        if call.items:
+            self._check_heads(outputs)
+        with progress_bar(len(call.items), show=show_progress) as progress:
+            yield from self._model.steps(call, priority=priority, progress=progress)
+
+    def _check_heads(self, outputs: frozenset[Output]) -> None:
         """Refuse a missing or damaged layer here: in a worker it would fail its whole pack."""
+        if outputs <= self._checked:
+            return
         _check_make(self.checkpoint)
-        for output in sorted(_outputs(call) - self._checked):
+        for output in sorted(outputs - self._checked):
             if output != "dense":
                 with hold_interpreter_exit():
                     load_head(self.checkpoint, output)
             self._checked |= {output}
 
-    async def _acheck_heads(self, call: Call[str]) -> None:
-        if not _outputs(call) <= self._checked:
-            # A hub id may be downloaded, and files are read.
-            await asyncio.to_thread(self._check_heads, call)
-
-    def _outputs(self, call: Call[str], *, return_tokens: bool) -> M3Outputs:
-        outputs = _outputs(call)
-        read = [self._read(row, call, place) for place, row in enumerate(call.rows)]
-        texts = [read[place] for place in call.places]
+    def _outputs(
+        self, call: Call[str], outputs: frozenset[Output], *, return_tokens: bool
+    ) -> M3Outputs:
+        read = [self._read(row, call, index) for index, row in enumerate(call.rows)]
+        texts = [read[index] for index in call.inverse]
         dense = sparse = multi_vector = None
         if "dense" in outputs:
             dense = np.empty((0, self.dimension), dtype=np.float32)
@@ -459,22 +454,22 @@ class M3Embedder(LocalModel[str]):
         return M3Outputs(dense=dense, sparse=sparse, multi_vector=multi_vector, tokens=tokens)
 
     def _spelled(self, weights: Mapping[int, float]) -> dict[str, float]:
-        spell = self._loaded().tokenizer.text_of
+        spell = self._model.tokenizer().text_of
         heaviest = sorted(weights.items(), key=lambda item: -item[1])
         return {spell(token): weight for token, weight in heaviest}
 
-    def _read(self, row: M3Row, call: Call[str], place: int) -> _Text:
+    def _read(self, row: M3Row, call: Call[str], index: int) -> _Text:
         """Check a row, bring the dense vector to unit length and drop the tokens of no word."""
         arrays = (row.dense, None if row.sparse is None else row.sparse[1], row.multi_vector)
         if not all(array is None or np.isfinite(array).all() for array in arrays):
-            raise non_finite_error(self.model, call.name_of(place))
+            raise self._model.non_finite_error(call.describe_item(index))
         dense, sparse = row.dense, {}
         if dense is not None:
             dense = dense / np.maximum(np.linalg.norm(dense), np.finfo(np.float32).tiny)
         if row.sparse is not None:
-            marks = self._loaded().tokenizer.marks
+            special = self._model.tokenizer().special_token_ids
             found = zip(row.sparse[0].tolist(), row.sparse[1].tolist(), strict=True)
-            sparse = {token: weight for token, weight in found if token not in marks}
+            sparse = {token: weight for token, weight in found if token not in special}
         return _Text(dense, sparse, row.multi_vector)
 
 
@@ -507,34 +502,34 @@ class _Scoring(Call[str]):
         texts = queries | dict.fromkeys(passage for _, passage in pairs)
         # Queries first: they stay, and a passage goes when its pairs are scored.
         super().__init__(list(texts), requested_outputs=weights.outputs)
-        place = {text: index for index, text in enumerate(texts)}
+        position = {text: index for index, text in enumerate(texts)}
         self.scores = np.zeros(len(pairs), dtype=np.float32)
         self._weights = weights.named()
         self._read = read
         self._queries = len(queries)
         self._held: list[_Text | None] = []
-        self._due: dict[int, list[tuple[int, int, int]]] = {}
+        self._pending: dict[int, list[tuple[int, int, int]]] = {}
         for index, (query, passage) in enumerate(pairs):
-            ends = place[query], place[passage]
-            self._due.setdefault(max(ends), []).append((index, *ends))
+            ends = position[query], position[passage]
+            self._pending.setdefault(max(ends), []).append((index, *ends))
 
     def slices(self) -> Iterator[slice]:
         """Cut by characters, since token vectors are large; a longer text is a slice of its own."""
         return slices_of(self.items, characters=_SCORED_CHARACTERS)
 
-    def name_of(self, place: int) -> str:
-        """Name a text for a message: it may be in any number of pairs."""
-        return f"the text {self.items[place]!r:.60}"
+    def describe_item(self, index: int) -> str:
+        """Return a text's name for a message: it may be in any number of pairs."""
+        return f"the text {self.items[index]!r:.60}"
 
-    def take(self, rows: Rows) -> None:
+    def add_rows(self, rows: Rows) -> None:
         """Score the pairs whose texts are both here by now."""
         for row in rows:
-            place = len(self._held)
-            self._held.append(self._read(row, self, place))
-            for index, query, passage in self._due.pop(place, ()):
-                self.scores[index] = self._score(self._held[query], self._held[passage])
-            if place >= self._queries:
-                self._held[place] = None
+            text = len(self._held)
+            self._held.append(self._read(row, self, text))
+            for pair, query, passage in self._pending.pop(text, ()):
+                self.scores[pair] = self._score(self._held[query], self._held[passage])
+            if text >= self._queries:
+                self._held[text] = None
 
     def _score(self, query: Any, passage: Any) -> float:
         scores: dict[Output, Callable[[], float]] = {
@@ -549,10 +544,6 @@ class _Scoring(Call[str]):
         given = {output: weight for output, weight in self._weights.items() if weight}
         total = sum(weight * scores[output]() for output, weight in given.items())
         return total / sum(given.values())
-
-
-def _outputs(call: Call[str]) -> frozenset[Output]:
-    return call.requested_outputs or frozenset()
 
 
 def _check_make(checkpoint: Checkpoint) -> None:
@@ -574,7 +565,7 @@ def _gives_no(name: str, output: Output) -> CheckpointError:
     return CheckpointError(msg)
 
 
-class M3Reranker(Ranking):
+class M3Reranker(Scorer):
     """bge-m3 in a reranker's place: dense, sparse and multi-vector scores in one.
 
     Query and passages are encoded apart, the query once, so that a user of bge-m3 reranks with
@@ -583,22 +574,32 @@ class M3Reranker(Ranking):
     Args:
         embedder: The model; closing the reranker closes it.
         weights: How much each of the three scores counts; None for 1, 0.3 and 1.
+        long_passages: What happens with a passage that doesn't fit: `"truncate"` reads its
+            beginning; `"window"` scores overlapping windows of it and takes the best.
 
     Raises:
+        ArgumentError: A weight or word that can't be served.
         CheckpointError: The checkpoint lacks the file of an output that counts.
 
     Example:
         >>> reranker = M3Reranker(M3Embedder("BAAI/bge-m3"), weights=M3Weights(sparse=0.5))
-        >>> ranked = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
-        >>> len(ranked), isinstance(ranked[0][1], float)
-        (1, True)
+        >>> (best,) = reranker.rank("what is a panda?", ["hi", "A panda is a bear."], top_n=1)
+        >>> isinstance(best.index, int), isinstance(best.score, float)
+        (True, True)
     """
 
     def __init__(
-        self, embedder: M3Embedder, *, weights: M3Weights | Mapping[str, float] | None = None
+        self,
+        embedder: M3Embedder,
+        *,
+        weights: M3Weights | Mapping[str, float] | None = None,
+        long_passages: str = "truncate",
     ) -> None:
         self._embedder = embedder
         self._weights = M3Weights.of(weights)
+        self._long_passages = arguments.one_of(
+            "long_passages", long_passages, arguments.LONG_PASSAGES
+        )
         embedder.require(*sorted(self._weights.outputs))
 
     @property
@@ -609,99 +610,49 @@ class M3Reranker(Ranking):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything that changes the scores."""
-        parts = (self._embedder.fingerprint, sorted(self._weights.named().items()))
-        return fingerprint_of(*parts)
+        weights = sorted(self._weights.named().items())
+        return fingerprint_of(self._embedder.fingerprint, weights, self._long_passages)
+
+    @property
+    def is_local(self) -> bool:
+        """True: it runs on this machine."""
+        return True
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices that were asked for; see `LocalModel.devices`."""
+        """The devices that were asked for; empty for the best one of whichever machine loads it."""
         return self._embedder.devices
 
-    def score(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
-        """Score passages against one query, which is encoded once.
-
-        Args:
-            query: The query.
-            passages: The passages.
-
-        Returns:
-            [n] float32, in order, as `M3Embedder.score` says: about 0 to 1, not a probability.
-
-        Raises:
-            BGEError: As `M3Embedder.score` says.
-        """
-        return self._embedder.score(query_pairs(query, passages), weights=self._weights)
-
-    async def ascore(self, query: str, passages: Iterable[str]) -> NDArray[np.float32]:
-        """Score passages without blocking the event loop; see `score`."""
-        pairs = await run_off_loop(query_pairs, query, passages, inline=can_check_inline(passages))
-        return await self._embedder.ascore(pairs, weights=self._weights)
-
-    def score_pairs(
-        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Score (query, passage) pairs, each distinct text encoded once.
-
-        Args:
-            pairs: Pairs of str.
-            show_progress: Show a progress bar.
-
-        Returns:
-            [n] float32, in order, as `M3Embedder.score` says.
-
-        Raises:
-            BGEError: As `M3Embedder.score` says.
-        """
-        return self._embedder.score(pairs, weights=self._weights, show_progress=show_progress)
-
-    async def ascore_pairs(
-        self, pairs: Iterable[tuple[str, str]], *, show_progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Score pairs without blocking the event loop; see `score_pairs`."""
-        return await self._embedder.ascore(
-            pairs, weights=self._weights, show_progress=show_progress
-        )
-
-    def rank_spans(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[Ranked]:
-        """Rank passages as `rank` does; a score is of what was read, so no span is given."""
-        self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        return _ranked(self.score(query, passages), top_n, score_threshold)
-
-    async def arank_spans(
-        self,
-        query: str,
-        passages: Iterable[str],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-    ) -> list[Ranked]:
-        """Rank passages without blocking the event loop; see `rank_spans`."""
-        self.check_limits(top_n=top_n, score_threshold=score_threshold)
-        return _ranked(await self.ascore(query, passages), top_n, score_threshold)
-
-    def check_limits(self, *, top_n: int | None, score_threshold: float | None) -> None:
-        """Refuse a `top_n` or a threshold that can't be meant.
-
-        Raises:
-            ArgumentError: `top_n` is below 1, or the threshold is NaN.
-            InputTypeError: One of them is no number.
-        """
-        check_limits(top_n=top_n, score_threshold=score_threshold)
-
     def close(self) -> None:
-        """Let go of the model; see `LocalModel.close`."""
+        """Release the model; see `M3Embedder.close`."""
         self._embedder.close()
 
+    @property
+    def _ready(self) -> bool:
+        return self._embedder._ready(self._weights.outputs)
 
-def _ranked(
-    scores: NDArray[np.float32], top_n: int | None, score_threshold: float | None
-) -> list[Ranked]:
-    ranked = rank_scores(scores, scores, top_n=top_n, score_threshold=score_threshold)
-    return [Ranked(index, score) for index, score in ranked]
+    def _scored(
+        self, pairs: list[tuple[str, str]], *, priority: Priority, show_progress: bool
+    ) -> Steps[Scored]:
+        def score(some: list[tuple[str, str]], _parts: object = None) -> Steps[NDArray[np.float32]]:
+            return self._embedder.score_steps(some, self._weights, priority, show_progress)
+
+        if self._long_passages == "truncate" or not pairs:
+            scores = yield from score(pairs)
+            return Scored(scores, scores)
+        model = self._embedder.local
+        tokenizer = model.tokenizer()
+        layout = tokenizer.text_layout(model.max_length)
+        rows, spans = yield from compute_windows(
+            pairs,
+            split_item=lambda pair: split(tokenizer, pair[1], layout),
+            window_of=lambda pair, span: (pair[0], pair[1][slice(*span)]),
+            compute=score,
+        )
+        best = [best_window(row) for row in rows]
+        scores = np.array(
+            [row[index] for row, index in zip(rows, best, strict=True)], dtype=np.float32
+        )
+        return Scored(
+            scores, scores, [found[index] for found, index in zip(spans, best, strict=True)]
+        )

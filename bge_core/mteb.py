@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_core.embedder import Embedder
-from bge_core.engine.call import progress_bar
+from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, InputTypeError, needs_extra
+from bge_core.reranker import Scorer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.utils.data import DataLoader
     from typing_extensions import Unpack
-
-    from bge_core.reranker import Scorer
 
 __all__ = ["MTEBCrossEncoder", "MTEBEncoder"]
 
@@ -73,9 +72,9 @@ class MTEBEncoder(AbsEncoder):
     mteb_model_meta: ModelMeta
 
     def __init__(self, embedder: Embedder) -> None:
-        if not isinstance(embedder, Embedder):
+        if not isinstance(embedder, Embedder) or not embedder.is_local:
             msg = (
-                "MTEBEncoder takes a bge_core.Embedder, of bge-m3 as well, got "
+                "MTEBEncoder takes a bge_core.Embedder on this machine, of bge-m3 as well, got "
                 f"{type(embedder).__name__}: a reranker goes into MTEBCrossEncoder."
             )
             raise InputTypeError(msg)
@@ -120,7 +119,7 @@ class MTEBEncoder(AbsEncoder):
         show_progress = _show_progress(kwargs)
         texts = list(_texts(inputs))
         if prompt_type == PromptType.query:
-            return self.model.embed_queries(texts)
+            return self.model.embed_queries(texts, priority="background")
         return self.model.embed_documents(texts, show_progress=show_progress)
 
 
@@ -131,7 +130,7 @@ class MTEBCrossEncoder:
     `prediction_folder=...`, and then this one on `task.convert_to_reranking(...)`.
 
     Args:
-        reranker: A `Reranker` or what `make_scorer` gives, best with `normalize=False`: mteb
+        reranker: A `Reranker` or what `make_reranker` gives, best with `normalize=False`: mteb
             sorts by the score, and in float32 the sigmoids of high logits are equal. It stays
             open.
 
@@ -147,7 +146,7 @@ class MTEBCrossEncoder:
     """
 
     def __init__(self, reranker: Scorer) -> None:
-        if not hasattr(reranker, "score_pairs"):
+        if not isinstance(reranker, Scorer):
             msg = (
                 "MTEBCrossEncoder takes a bge_core.Reranker or M3Reranker, got "
                 f"{type(reranker).__name__}: an embedder goes into MTEBEncoder."

@@ -90,17 +90,17 @@ class PromptTemplate:
 
     Attributes:
         instruction: The instruction, or a decoder's task; None where nothing says one.
-        before: What that puts directly in front of a query.
-        after: Put behind every query.
-        examples: Put in front of all that, and of no document.
-        document: Put in front of a document.
+        query_prefix: What that puts directly in front of a query.
+        query_suffix: Put behind every query.
+        few_shot_prefix: Put in front of all that, and of no document.
+        document_prefix: Put in front of a document.
     """
 
     instruction: str | None
-    before: str
-    after: str = ""
-    examples: str = ""
-    document: str = ""
+    query_prefix: str
+    query_suffix: str = ""
+    few_shot_prefix: str = ""
+    document_prefix: str = ""
 
 
 def resolve_prompts(
@@ -147,7 +147,7 @@ def resolve_prompts(
         _task_instruction(model, None, task)
         asked = prompts.get("query") if given is None else given
         document = prompts.get("document") or prompts.get("passage") or ""
-        return PromptTemplate(instruction=asked, before=asked or "", document=document)
+        return PromptTemplate(instruction=asked, query_prefix=asked or "", document_prefix=document)
     row = _task_instruction(model, profile, task)
     published = profile.query_instruction if row is None else row.query
     asked = published if given is None else given
@@ -163,13 +163,13 @@ def resolve_prompts(
     before, _, _ = profile.query_format.partition("{query}")
     return PromptTemplate(
         instruction=asked,
-        before=before.replace("{instruction}", asked) if asked else "",
-        after=profile.query_suffix,
-        examples="".join(
+        query_prefix=before.replace("{instruction}", asked) if asked else "",
+        query_suffix=profile.query_suffix,
+        few_shot_prefix="".join(
             _written(profile.example_format, example, asked, index)
             for index, example in enumerate(examples)
         ),
-        document="" if row is None else row.document,
+        document_prefix="" if row is None else row.document,
     )
 
 

@@ -1,4 +1,4 @@
-"""Texts to token ids: input checks, special tokens, cutting, and what is said about it.
+"""Texts to token ids: special tokens, truncation, and what is said about it.
 
 No truncation or padding state is ever set on the tokenizer, so that any number of threads may
 share it with different lengths; ids are cut here instead.
@@ -17,11 +17,10 @@ from bge_core.errors import ArgumentError, TruncationError
 if TYPE_CHECKING:
     import tokenizers
 
-    from bge_core.arguments import OnTruncation
     from bge_core.checkpoints.catalog import Output, PairPrompt
 
 __all__ = [
-    "Room",
+    "SequenceLayout",
     "TokenSequence",
     "Tokenizer",
     "can_check_inline",
@@ -64,22 +63,22 @@ class TokenSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SequenceLayout:
     """What stands around a text in a sequence, and how much of the text fits.
 
     Attributes:
         before: Token ids in front of it: special ones, and of a pair the query.
         after: Token ids behind it.
-        size: Tokens of the text that fit.
-        typed: Whether token type 1 begins with the text.
-        cut: Whether the query in front was cut.
+        max_text_tokens: Tokens of the text that fit.
+        has_token_types: Whether token type 1 begins with the text.
+        query_truncated: Whether the query in front was truncated.
     """
 
     before: list[int]
     after: list[int]
-    size: int
-    typed: bool = False
-    cut: bool = False
+    max_text_tokens: int
+    has_token_types: bool = False
+    query_truncated: bool = False
 
 
 class Tokenizer:
@@ -92,8 +91,8 @@ class Tokenizer:
             tokens: a model needs at least one.
         lower_case: Whether the checkpoint asks for lower-cased text before the tokenizer
             (`do_lower_case` in sentence_bert_config.json).
-        marks: Ids of the first, the last, the padding and the unknown token, which stand for no
-            word of a text.
+        special_token_ids: Ids of the first, the last, the padding and the unknown token, which
+            stand for no word of a text.
     """
 
     def __init__(
@@ -102,14 +101,14 @@ class Tokenizer:
         *,
         pad: int = 0,
         lower_case: bool = False,
-        marks: AbstractSet[int] = frozenset(),
+        special_token_ids: AbstractSet[int] = frozenset(),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._pad = pad
         self._lower_case = lower_case
-        self.marks = frozenset(marks)
+        self.special_token_ids = frozenset(special_token_ids)
         single = backend.encode("a")
         self._prefix, self._suffix = _around(single.ids, single.special_tokens_mask)
         pair = backend.encode("a", "a")
@@ -141,147 +140,161 @@ class Tokenizer:
         Returns:
             A sequence a text, and of each text whether it was longer than `max_length`.
         """
-        return self._cut([self.single_room(max_length)] * len(texts), texts)
+        return self.fit([self.text_layout(max_length)] * len(texts), texts)
 
     def encode_pairs(
-        self, queries: Sequence[str], passages: Sequence[str], *, max_length: int
+        self,
+        pairs: Sequence[tuple[str, str]],
+        prompt: PairPrompt | None = None,
+        *,
+        max_length: int,
+        limit: int,
     ) -> tuple[list[TokenSequence], list[bool]]:
-        """Tokenise (query, passage) pairs as FlagEmbedding does.
-
-        The query is cut to three quarters of `max_length`, special tokens not counted, then the
-        passage to what remains of `max_length`: from 20 tokens on, a long query never pushes a
-        passage out.
+        """Tokenise (query, passage) pairs as FlagEmbedding does; see `passage_layouts`.
 
         Args:
-            queries: A query a pair; equal ones are tokenised once.
-            passages: A passage a pair.
+            pairs: The pairs; equal queries are tokenised once.
+            prompt: What a language model is asked about each; None for a cross-encoder.
             max_length: Tokens that may remain of a pair, special ones included.
+            limit: Tokens that may remain with the prompt's question.
 
         Returns:
-            A sequence a pair, and of each pair whether it was longer than `max_length`.
+            A sequence a pair, and of each pair whether it was truncated.
         """
-        return self._cut(self.pair_rooms(queries, max_length=max_length), passages)
+        layouts = self.passage_layouts(
+            [query for query, _ in pairs], prompt, max_length=max_length, limit=limit
+        )
+        lead = "" if prompt is None else prompt.passage
+        return self.fit(layouts, [lead + passage for _, passage in pairs])
 
     def encode_between(
-        self, texts: Sequence[str], *, before: str, after: str, max_length: int, most: int
+        self, texts: Sequence[str], *, around: tuple[str, str], max_length: int, limit: int
     ) -> tuple[list[TokenSequence], list[bool]]:
-        """Tokenise texts that stand between two others which are never cut.
+        """Tokenise texts that stand between two others which are never truncated.
 
-        As FlagEmbedding and the model card do for bge-en-icl: the text is tokenised, cut and spelt
-        out again, which may add a space after a special token, and then the whole is tokenised as
-        one.
+        As FlagEmbedding and the model card do for bge-en-icl: the text is tokenised, truncated and
+        spelt out again, which may add a space after a special token, and then the whole is
+        tokenised as one.
 
         Args:
             texts: Any texts.
-            before: Put in front of each, beside `max_length`.
-            after: Put behind each, and counted in it.
+            around: What is put in front of each, beside `max_length`, and behind each, counted
+                in it.
             max_length: Tokens that may remain of a text and what is behind it, special ones
                 included.
-            most: Tokens that may remain of the whole, save for such spaces.
+            limit: Tokens that may remain of the whole, save for such spaces.
 
         Returns:
-            A sequence a text, and of each text whether it was cut.
+            A sequence a text, and of each text whether it was truncated.
 
         Raises:
             ArgumentError: What stands around a text leaves no room for it.
         """
-        ahead, behind = (len(ids) for ids in self._ids([before, after]))
-        room = min(max_length, most - ahead) - behind - self.single_extra
+        before, after = around
+        ahead, behind = (len(ids) for ids in self._ids(around))
+        room = min(max_length, limit - ahead) - behind - self.single_extra
         if room < 1:
             msg = (
                 f"No room is left for a query: the examples take {ahead} tokens, and what is "
                 f"behind it {behind + self.single_extra}, of max_length={max_length} beside the "
-                f"examples and of the {most} that the model can take with them. Pass fewer or "
+                f"examples and of the {limit} that the model can take with them. Pass fewer or "
                 "shorter examples, or a larger max_length."
             )
             raise ArgumentError(msg)
-        kept, cut = [], []
+        kept, truncated = [], []
         for ids in self._ids(texts):
-            cut.append(len(ids) > room)
+            truncated.append(len(ids) > room)
             text = self._backend.decode(ids[:room], skip_special_tokens=False)
             kept.append(f"{before}{text}{after}")
         wholes = ([*self._prefix, *ids, *self._suffix] for ids in self._ids(kept))
-        return [TokenSequence(whole, len(whole)) for whole in wholes], cut
+        return [TokenSequence(whole, len(whole)) for whole in wholes], truncated
 
-    def encode_prompted(
+    def text_layout(self, max_length: int) -> SequenceLayout:
+        """Return what stands around a single text."""
+        return SequenceLayout(self._prefix, self._suffix, max_length - self.single_extra)
+
+    def passage_layouts(
         self,
         queries: Sequence[str],
-        passages: Sequence[str],
-        prompt: PairPrompt,
+        prompt: PairPrompt | None = None,
         *,
         max_length: int,
-        most: int,
-    ) -> tuple[list[TokenSequence], list[bool]]:
-        """Tokenise pairs for a language model that is asked about them, as FlagEmbedding does.
+        limit: int,
+    ) -> list[SequenceLayout]:
+        """Return what stands around the passage of each pair, as FlagEmbedding builds it.
 
-        The query is cut to three quarters of `max_length` and the passage to `max_length`, then
-        the pair to `max_length` and as many tokens as the separator and the question have. These
-        follow after the cut, and are always whole.
+        The query is cut to three quarters of `max_length`, special tokens not counted, then the
+        passage to what remains of `max_length`: from 20 tokens on, a long query never pushes a
+        passage out. With a prompt the pair is cut to `max_length` and as many tokens as the
+        separator and the question have; these follow after the cut, and are always whole.
 
         Args:
             queries: A query a pair; equal ones are tokenised once.
-            passages: A passage a pair.
-            prompt: What is put around them.
-            max_length: Tokens of a pair, the question not counted.
-            most: Tokens that may remain of the whole.
+            prompt: What a language model is asked about each pair; None for a cross-encoder.
+            max_length: Tokens that may remain of a pair, the question not counted.
+            limit: Tokens that may remain of the whole.
+        """
+        if prompt is None:
+            first, between, tail = self._pair_prefix, self._middle, self._pair_suffix
+            room = max_length - self.pair_extra
+            query_room = min(max_length * 3 // 4, room)
+        else:
+            middle, question = self._ids([prompt.separator, prompt.question])
+            first, between, tail = self._prefix, middle, [*middle, *question]
+            query_room = max_length * 3 // 4
+        lead = "" if prompt is None else prompt.query
+        distinct = list(dict.fromkeys(queries))
+        layouts = {}
+        written = self._ids([lead + query for query in distinct])
+        for query, ids in zip(distinct, written, strict=True):
+            before = [*first, *ids[:query_room], *between]
+            if prompt is None:
+                size = room - len(ids[:query_room])
+            else:
+                pair_room = min(max_length + len(tail), limit - len(tail))
+                size = max(min(max_length, pair_room - len(before)), 0)
+            layouts[query] = SequenceLayout(
+                before,
+                tail,
+                size,
+                has_token_types=prompt is None and self._has_types,
+                query_truncated=len(ids) > query_room,
+            )
+        return [layouts[query] for query in queries]
+
+    def fit(
+        self, layouts: Sequence[SequenceLayout], texts: Sequence[str]
+    ) -> tuple[list[TokenSequence], list[bool]]:
+        """Tokenise texts, truncate each to what its layout leaves, and put it there.
 
         Returns:
-            A sequence a pair, and of each pair whether it was cut.
+            A sequence a text, and of each whether it or the query in front was truncated.
         """
-        rooms = self.prompted_rooms(queries, prompt, max_length=max_length, most=most)
-        return self._cut(rooms, [prompt.passage + passage for passage in passages])
+        sequences, truncated = [], []
+        for layout, ids in zip(layouts, self._ids(texts), strict=True):
+            size = layout.max_text_tokens
+            truncated.append(len(ids) > size or layout.query_truncated)
+            sequences.append(self.build_sequence(layout, ids[:size]))
+        return sequences, truncated
 
-    def single_room(self, max_length: int) -> Room:
-        """Say what stands around a single text; see `encode`."""
-        return Room(self._prefix, self._suffix, max_length - self.single_extra)
-
-    def pair_rooms(self, queries: Sequence[str], *, max_length: int) -> list[Room]:
-        """Say what stands around the passage of each pair; see `encode_pairs`."""
-        query_room = min(max_length * 3 // 4, max_length - self.pair_extra)
-        distinct = list(dict.fromkeys(queries))
-        rooms = {}
-        for query, ids in zip(distinct, self._ids(distinct), strict=True):
-            asked = ids[:query_room]
-            rooms[query] = Room(
-                [*self._pair_prefix, *asked, *self._middle],
-                self._pair_suffix,
-                max_length - self.pair_extra - len(asked),
-                typed=self._has_types,
-                cut=len(ids) > query_room,
-            )
-        return [rooms[query] for query in queries]
-
-    def prompted_rooms(
-        self, queries: Sequence[str], prompt: PairPrompt, *, max_length: int, most: int
-    ) -> list[Room]:
-        """Say what stands around the passage of each pair; see `encode_prompted`."""
-        between, question = self._ids([prompt.separator, prompt.question])
-        tail = [*between, *question]
-        pair_room = min(max_length + len(tail), most - len(tail))
-        query_room = max_length * 3 // 4
-        distinct = list(dict.fromkeys(queries))
-        written = self._ids([prompt.query + query for query in distinct])
-        rooms = {}
-        for query, ids in zip(distinct, written, strict=True):
-            first = [*self._prefix, *ids[:query_room], *between]
-            room = max(min(max_length, pair_room - len(first)), 0)
-            rooms[query] = Room(first, tail, room, cut=len(ids) > query_room)
-        return [rooms[query] for query in queries]
-
-    def fill(self, room: Room, ids: Sequence[int]) -> TokenSequence:
+    def build_sequence(self, layout: SequenceLayout, ids: Sequence[int]) -> TokenSequence:
         """Put a text's ids, which must fit, where they go."""
-        whole = [*room.before, *ids, *room.after] or [self._pad]
-        return TokenSequence(whole, len(room.before) if room.typed else len(whole))
+        whole = [*layout.before, *ids, *layout.after] or [self._pad]
+        return TokenSequence(whole, len(layout.before) if layout.has_token_types else len(whole))
 
-    def places(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Count each text's tokens, without special ones."""
+        return [len(ids) for ids in self._ids(texts)]
+
+    def offsets(self, texts: Sequence[str]) -> Iterator[list[tuple[int, int]]]:
         """Tokenise texts whole, without special tokens.
 
         Args:
             texts: Any texts.
 
         Returns:
-            Token ids of each text, and for each token the characters [start, end) that it was
-            made of, in the text as it was given.
+            Of each text and each token the characters [start, end) that it was made of, in the
+            text as it was given; as `offset_mapping` of transformers.
         """
         cased = self._cased(texts)
         if can_tokenize_inline(cased):  # on this thread, as in `_ids`
@@ -289,7 +302,7 @@ class Tokenizer:
         else:
             encodings = self._backend.encode_batch(cased, add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
-            yield encoding.ids, self._uncased_places(text, encoding.offsets)
+            yield self._original_offsets(text, encoding.offsets)
 
     def first_id(self, word: str) -> int:
         """Give a word's first token."""
@@ -298,15 +311,6 @@ class Tokenizer:
     def text_of(self, token_id: int) -> str:
         """Give a token's text, as the vocabulary spells it."""
         return self._backend.id_to_token(token_id) or ""
-
-    def _cut(
-        self, rooms: Sequence[Room], texts: Sequence[str]
-    ) -> tuple[list[TokenSequence], list[bool]]:
-        sequences, cut = [], []
-        for room, ids in zip(rooms, self._ids(texts), strict=True):
-            cut.append(len(ids) > room.size or room.cut)
-            sequences.append(self.fill(room, ids[: room.size]))
-        return sequences, cut
 
     def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
         texts = self._cased(texts)
@@ -319,16 +323,16 @@ class Tokenizer:
     def _cased(self, texts: Sequence[str]) -> list[str]:
         return [text.lower() for text in texts] if self._lower_case else list(texts)
 
-    def _uncased_places(self, text: str, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Lead places in the lower-cased text back to the text."""
+    def _original_offsets(self, text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Lead offsets in the lower-cased text back to the text."""
         if not self._lower_case or len(text.lower()) == len(text):
-            return places
+            return offsets
         # Some capitals become two characters, such as the Turkish I with its dot.
-        origin = [place for place, letter in enumerate(text) for _ in letter.lower()]
+        origin = [position for position, letter in enumerate(text) for _ in letter.lower()]
         origin.append(len(text))
         return [
             (origin[start], origin[end - 1] + 1 if end > start else origin[start])
-            for start, end in places
+            for start, end in offsets
         ]
 
 
@@ -353,25 +357,34 @@ def can_check_inline(items: object) -> bool:
     return isinstance(items, (list, tuple)) and len(items) <= _FEW_TEXTS
 
 
-def can_tokenize_inline(items: Sequence[str | tuple[str, str]]) -> bool:
-    """Say whether an event loop can tokenise texts or pairs itself, so little are they."""
+def can_tokenize_inline(items: object) -> bool:
+    """Return whether an event loop can check and tokenise texts or pairs itself: so few they are.
+
+    Args:
+        items: Whatever was given as texts or pairs; it need not be checked yet.
+    """
     if not can_check_inline(items):
         return False
-    texts = (text for item in items for text in ((item,) if isinstance(item, str) else item))
-    return sum(map(len, texts)) <= _FEW_CHARACTERS
+    characters = 0
+    for item in items:  # type: ignore[attr-defined]
+        for text in (item,) if isinstance(item, str) else item if isinstance(item, tuple) else ():
+            characters += len(text) if isinstance(text, str) else 0
+    return characters <= _FEW_CHARACTERS
 
 
 def report_truncation(
-    *, what: str, cut: int, total: int, max_length: int, policy: OnTruncation, model: str
+    *, what: str, truncated: int, total: int, max_length: int, policy: str, model: str
 ) -> None:
-    """Say once a call how many texts were cut, or refuse them.
+    """Log how many texts were truncated, or refuse them.
 
     Raises:
-        TruncationError: Some were cut and the policy is "error".
+        TruncationError: Some were and the policy is "error".
     """
-    if not cut or policy == "ignore":
+    if not truncated or policy == "ignore":
         return
-    said = f"{cut} of {total} {what} are longer than max_length={max_length} tokens of {model}"
+    said = (
+        f"{truncated} of {total} {what} are longer than max_length={max_length} tokens of {model}"
+    )
     if policy == "error":
         msg = (
             f"{said}, and on_truncation='error' was asked for: split them, raise max_length if "

@@ -1,25 +1,23 @@
-"""Passages that don't fit: overlapping windows of them, and what comes of a passage's windows."""
+"""Passages that don't fit, read to their end: split into windows that are passages themselves."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bge_core.engine.call import Call, Item, slices_of
+from bge_core.engine.call import Item, slices_of
+from bge_core.engine.process import hold_interpreter_exit
 from bge_core.errors import ArgumentError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bge_core.engine.scheduler import Rows
-    from bge_core.tokenizer import Room, Tokenizer, TokenSequence
+    from bge_core.engine.call import Steps
+    from bge_core.tokenizer import SequenceLayout, Tokenizer
 
-__all__ = ["BestWindow", "MeanWindow", "Span", "Window", "cut_windows"]
+__all__ = ["Span", "best_window", "compute_windows", "split"]
 
 Span = tuple[int, int]
 """Characters [start, end) of a passage."""
@@ -27,158 +25,106 @@ Span = tuple[int, int]
 # Neighbours share a quarter of a window or more, so that a sentence which one of them cuts in
 # two is whole in the other; twice the share would cost half as many windows again.
 _SHARED = 4
-# A slice's windows are held as ids: some 250,000 tokens, where 512 books would fill the memory.
+# Windows are made of so much text at a time: of 512 books at once they would fill the memory.
 _SLICE_CHARACTERS = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A part of a passage that is computed as a sequence of its own.
-
-    Attributes:
-        tokens: The sequence.
-        span: The characters of the passage that it reads.
-    """
-
-    tokens: TokenSequence
-    span: Span
-
-
-def cut_windows(
-    tokenizer: Tokenizer, rooms: Sequence[Room], texts: Sequence[str], *, lead: int = 0
-) -> list[list[Window]]:
-    """Cut passages into windows of token ids.
-
-    A passage that fits is one window, the sequence that is computed without windows. The windows
-    of one that doesn't have one size and even distances, and neighbours share a quarter or more.
+def split(
+    tokenizer: Tokenizer, text: str, layout: SequenceLayout, *, prefix: str = ""
+) -> list[Span]:
+    """Split a passage into windows that fit as passages of their own.
 
     Args:
         tokenizer: The checkpoint's.
-        rooms: What stands around each passage.
-        texts: The passages.
-        lead: How many characters in front of each passage are no part of it, such as an
-            instruction: each window gets them.
+        text: The passage.
+        layout: What stands around it, and how much of it fits.
+        prefix: Text in front of each window that is no part of the passage, such as an
+            instruction.
 
     Returns:
-        The windows of each passage, in its order.
+        The windows' characters, in order: all of a passage that fits; else windows of one size in
+        tokens at even distances, of which neighbours share a quarter or more.
 
     Raises:
-        ArgumentError: A room is too small for any token of a passage.
+        ArgumentError: No token of a passage would fit.
     """
-    found = []
-    for room, text, (ids, places) in zip(rooms, texts, tokenizer.places(texts), strict=True):
-        length = len(text) - lead
-        if len(ids) <= room.size:
-            found.append([Window(tokenizer.fill(room, ids), (0, length))])
-            continue
-        own = (token for token, (_, end) in enumerate(places) if not lead or end > lead)
-        head = next(own, len(ids))
-        size = room.size - head
-        if size < 1:
-            fixed = len(room.before) + head + len(room.after)
-            msg = (
-                f"No room is left for a passage: what stands around it takes {fixed} tokens. Pass "
-                f"max_length={fixed + 1} or more, or long_passages='truncate'."
-            )
-            raise ArgumentError(msg)
-        found.append(
-            [
-                Window(
-                    tokenizer.fill(room, [*ids[:head], *ids[start : start + size]]),
-                    (max(places[start][0] - lead, 0), places[start + size - 1][1] - lead),
-                )
-                for start in _starts(head, len(ids), size)
-            ]
+    (offsets,) = tokenizer.offsets([prefix + text])
+    size, lead = layout.max_text_tokens, len(prefix)
+    if len(offsets) <= size:
+        return [(0, len(text))]
+    own = [(max(start - lead, 0), end - lead) for start, end in offsets if not lead or end > lead]
+    head = len(offsets) - len(own)
+    if size <= head:
+        fixed = len(layout.before) + head + len(layout.after)
+        msg = (
+            f"No room is left for a passage: what stands around it takes {fixed} tokens. Pass "
+            f"max_length={fixed + 1} or more, or long_passages='truncate'."
         )
-    return found
+        raise ArgumentError(msg)
+    tokens = size - head
+    while True:
+        spans = [(own[first][0], own[first + tokens - 1][1]) for first in _starts(len(own), tokens)]
+        # A window that begins or ends inside a word may have other tokens than the passage there.
+        longest = max(tokenizer.count([prefix + text[start:end] for start, end in spans]))
+        if longest <= size or tokens == 1:
+            return spans
+        tokens = max(tokens - (longest - size), 1)
 
 
-def _starts(first: int, end: int, size: int) -> Iterator[int]:
-    """Spread windows evenly over tokens that are more than one window holds."""
+def _starts(count: int, size: int) -> Iterator[int]:
+    """Spread windows evenly over tokens that are as many as one window holds, or more."""
     step = size - size // _SHARED
-    spare = end - first - size
+    spare = max(count - size, 0)
     steps = -(-spare // step)
     for index in range(steps + 1):
-        yield first + index * spare // steps
+        yield index * spare // max(steps, 1)
 
 
-Cut = Callable[["Tokenizer", Sequence[Item]], tuple[list[list[Window]], list[bool]]]
-"""Items -> the windows of each, and of each whether something was cut all the same."""
-
-
-class _Windowed(Call[Item]):
-    """A call whose items are computed as windows, and get one row each.
+def compute_windows(
+    items: Sequence[Item],
+    *,
+    split_item: Callable[[Item], list[Span]],
+    window_of: Callable[[Item, Span], Item],
+    compute: Callable[[list[Item], set[Item]], Steps[NDArray[np.float32]]],
+) -> Steps[tuple[list[NDArray[np.float32]], list[list[Span]]]]:
+    """Split items, compute their windows as items, and sort out which rows are whose.
 
     Args:
-        items: All items, in order.
-        cut: Cuts items into windows.
+        items: All items, in order; equal ones are split and computed once.
+        split_item: Returns an item's windows.
+        window_of: Returns a window as an item of its own.
+        compute: Computes items, a row each; it is told which of them are parts of one.
+
+    Returns:
+        Of each item the rows of its windows, [windows, ...], and their characters.
     """
-
-    windowed = True
-    unit = "window"
-
-    def __init__(self, items: Sequence[Item], *, cut: Cut[Item]) -> None:
-        super().__init__(items, encode=self._encode)
-        self._cut = cut
-        self._due: deque[list[list[Span]]] = deque()
-
-    @property
-    def total(self) -> int | None:
-        """None: only tokenising tells how many windows there are."""
-        return None
-
-    def slices(self) -> Iterator[slice]:
-        """Cut by characters, since a long text is many sequences."""
-        return slices_of(self.items, characters=_SLICE_CHARACTERS)
-
-    def take(self, rows: Rows) -> None:
-        """Make a row an item of the rows of the next slice."""
+    distinct = list(dict.fromkeys(items))
+    rows: dict[Item, NDArray[np.float32]] = {}
+    spans: dict[Item, list[Span]] = {}
+    for part in slices_of(distinct, characters=_SLICE_CHARACTERS) if distinct else ():
+        chosen = distinct[part]
+        with hold_interpreter_exit():
+            spans |= {item: split_item(item) for item in chosen}
+        windows, parts = list[Item](), set[Item]()
+        for item in chosen:
+            if len(spans[item]) == 1:
+                windows.append(item)  # all of it: the same row as without windows
+            else:
+                found = [window_of(item, span) for span in spans[item]]
+                windows += found
+                parts.update(found)
+        computed = yield from compute(windows, parts)
         start = 0
-        for spans in self._due.popleft():
-            end = start + len(spans)
-            self.rows.append(self._pool(np.stack(rows[start:end]), spans))
+        for item in chosen:
+            end = start + len(spans[item])
+            rows[item] = computed[start:end]
             start = end
-
-    def _encode(
-        self, tokenizer: Tokenizer, items: Sequence[Item]
-    ) -> tuple[list[TokenSequence], list[bool]]:
-        found, cut = self._cut(tokenizer, items)
-        self._due.append([[window.span for window in windows] for windows in found])
-        sequences = []
-        for windows in found:
-            # The outputs of a part of a text are nobody else's.
-            whole = len(windows) == 1
-            sequences += [replace(window.tokens, shares_outputs=whole) for window in windows]
-        return sequences, cut
-
-    @abstractmethod
-    def _pool(self, rows: NDArray[Any], spans: Sequence[Span]) -> NDArray[Any]:
-        """Make an item's row of its windows' rows, [windows, width]."""
+    return [rows[item] for item in items], [spans[item] for item in items]
 
 
-class BestWindow(_Windowed[Item]):
-    """A row an item, that of the window with the highest score; of equal ones the first.
+def best_window(scores: NDArray[np.float32]) -> int:
+    """Return the index of the highest score, of equal ones the first.
 
-    Attributes:
-        spans: Where that window is, of each distinct item.
+    A score that is not finite comes first, so that it is refused as it is without windows.
     """
-
-    def __init__(self, items: Sequence[Item], *, cut: Cut[Item]) -> None:
-        super().__init__(items, cut=cut)
-        self.spans: list[Span] = []
-
-    def _pool(self, rows: NDArray[Any], spans: Sequence[Span]) -> NDArray[Any]:
-        scores = rows[:, 0]
-        # What is not finite comes first, to be refused as it is without windows.
-        best = int(np.where(np.isfinite(scores), scores, np.inf).argmax())
-        self.spans.append(spans[best])
-        row: NDArray[Any] = rows[best]
-        return row
-
-
-class MeanWindow(_Windowed[Item]):
-    """A row an item, the mean of its windows' rows: they have one size, so none counts more."""
-
-    def _pool(self, rows: NDArray[Any], spans: Sequence[Span]) -> NDArray[Any]:  # noqa: ARG002
-        mean: NDArray[Any] = rows[0] if len(rows) == 1 else rows.mean(axis=0)
-        return mean
+    return int(np.where(np.isfinite(scores), scores, np.inf).argmax())

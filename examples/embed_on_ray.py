@@ -60,7 +60,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     console.print(
         f"{report.rows} passages in {report.written} shards took {seconds:.1f} s, "
-        f"the start of Ray and of the actors included; {report.kept} shards were there already."
+        f"the start of Ray and of the actors included; {report.skipped} shards were there already."
     )
     client = QdrantClient(options.qdrant) if options.qdrant else QdrantClient(":memory:")
     started = time.perf_counter()

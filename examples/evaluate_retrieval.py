@@ -31,7 +31,7 @@ from quality import DEPTH, FIRST, Questions, Row, figures, read_beir, read_quest
 from rich.console import Console
 from tqdm import tqdm
 
-from bge_core import Embedder, Scorer, make_scorer
+from bge_core import Embedder, Scorer, make_reranker
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -82,7 +82,7 @@ def on_passages(
             heads = [runs[instruction, 0][number][:first] for instruction in embedders]
             every = list(dict.fromkeys(row for head in heads for row in head))
             ranked = reranker.rank(question, [texts[row] for row in every])
-            best = [every[index] for index, _ in ranked]
+            best = [every[found.index] for found in ranked]
             for instruction, head in zip(embedders, heads, strict=True):
                 tail = runs[instruction, 0][number][first:]
                 runs[instruction, first][number] = [row for row in best if row in head] + tail
@@ -240,7 +240,7 @@ def main() -> None:
     instructed = Embedder(model, query_instruction=options.instruction)
     embedders = {one.query_instruction: one for one in (plain, instructed)}
     reranker = options.reranker or (None if options.model else str(stand_in.reranker_folder()))
-    scorer = make_scorer(reranker, normalize=False) if reranker else None
+    scorer = make_reranker(reranker, normalize=False) if reranker else None
     sets = [(folder.resolve().name, *_beir(folder)) for folder in options.data]
     tasks = _tasks(options.tasks) if options.tasks else []
     if not sets and not tasks:

@@ -87,7 +87,7 @@ def by_reranker(reranker: Reranker, passages: Mapping[str, str]) -> Rank:
 
     def rank(question: str, names: Sequence[str]) -> Sequence[str]:
         ranked = reranker.rank(question, [passages[name] for name in names])
-        return [names[index] for index, _ in ranked]
+        return [names[found.index] for found in ranked]
 
     return rank
 

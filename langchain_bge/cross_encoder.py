@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
 
-from bge_core import make_reranker
-from bge_core.reranker import PairScorer
+from bge_core import Scorer, make_reranker
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import MODEL_KEYS, fold
 
@@ -24,7 +23,8 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
 
     Raises:
         ArgumentError: An unknown argument, or a value that can't be served.
-        CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
+        CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
+            reranker of one label.
 
     Example:
         >>> encoder = BGECrossEncoder(model="BAAI/bge-reranker-base")
@@ -42,7 +42,7 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
     the arguments of the same meaning."""
 
     if TYPE_CHECKING:
-        _core: PairScorer = PrivateAttr()
+        _core: Scorer = PrivateAttr()
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Score (query, passage) pairs, each for itself.
@@ -56,7 +56,7 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
         Raises:
             BGEError: As `bge_core.Reranker.score_pairs` says.
         """
-        scores: list[float] = self._core.score_pairs(text_pairs).tolist()
+        scores: list[float] = self._core.score_pairs(text_pairs, priority="interactive").tolist()
         return scores
 
     @classmethod
@@ -64,5 +64,5 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
         keys = {**MODEL_KEYS, "max_length": "max_length"}
         return fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=keys)
 
-    def _make_core(self) -> PairScorer:
+    def _make_core(self) -> Scorer:
         return make_reranker(self.model, normalize=self.normalize, **self._options())

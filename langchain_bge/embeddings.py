@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, arguments, make_embedder
-from bge_core.embedder import DenseEmbedder
+from bge_core import ArgumentError, Embedder, arguments, make_embedder
 from bge_core.host_fields import Examples
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
@@ -94,7 +93,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
 
     _renamed_arguments: ClassVar[Mapping[str, str]] = _RENAMED
     if TYPE_CHECKING:
-        _core: DenseEmbedder = PrivateAttr()
+        _core: Embedder = PrivateAttr()
 
     @property
     def dimension(self) -> int:
@@ -147,7 +146,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
         folded = fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=MODEL_KEYS)
         return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
 
-    def _make_core(self) -> DenseEmbedder:
+    def _make_core(self) -> Embedder:
         if self.embed_instruction:
             msg = (
                 f"embed_instruction={self.embed_instruction!r} is not served: BGE models are "

@@ -16,7 +16,7 @@ from langchain_core.runnables import (
 )
 from pydantic import Field, PrivateAttr
 
-from bge_core import InputTypeError, Ranked, Scorer, make_scorer
+from bge_core import InputTypeError, Ranked, Scorer, make_reranker
 from bge_core.host_fields import Weights, earlier_score_key
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._runs import RerankRunnable, arerank_run, config_of, rerank_run
@@ -167,7 +167,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         Raises:
             BGEError: As `bge_core.Reranker.rank` says.
         """
-        ranked = self._core.rank_spans(
+        ranked = self._core.rank(
             query,
             _texts(documents),
             top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
@@ -183,7 +183,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         top_n: int | EllipsisType | None = ...,
     ) -> list[RerankResult]:
         """Rank documents without blocking the event loop; see `rerank`."""
-        ranked = await self._core.arank_spans(
+        ranked = await self._core.arank(
             query,
             _texts(documents),
             top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
@@ -217,7 +217,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         }
 
     def _make_core(self) -> Scorer:
-        core = make_scorer(
+        core = make_reranker(
             self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
         )
         core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)

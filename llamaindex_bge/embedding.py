@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from llama_index.core.base.embeddings.base import Embedding
 from pydantic import Field, PrivateAttr
 
-from bge_core import BGEError, make_embedder
-from bge_core.embedder import DenseEmbedder
+from bge_core import BGEError, Embedder, make_embedder
 from bge_core.engine.call import run_off_loop
 from bge_core.host_fields import Examples
 from llamaindex_bge._component import EmbeddingComponent, ServedModelComponent
@@ -76,7 +75,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
     """A key-value store for vectors, or None."""
 
     if TYPE_CHECKING:
-        _core: DenseEmbedder = PrivateAttr()
+        _core: Embedder = PrivateAttr()
 
     @classmethod
     def class_name(cls) -> str:
@@ -121,7 +120,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
             return dict.fromkeys(_RESOLVED_SETTINGS)
         return dict(zip(_RESOLVED_SETTINGS, (fingerprint, dtype), strict=True))
 
-    def _make_core(self) -> DenseEmbedder:
+    def _make_core(self) -> Embedder:
         return make_embedder(
             self.model_name,
             query_instruction=self.query_instruction,

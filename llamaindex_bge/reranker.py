@@ -14,7 +14,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import Field, PrivateAttr
 
-from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_scorer
+from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_reranker
 from bge_core.host_fields import ModelName, Weights, earlier_score_key
 from llamaindex_bge._component import ServedModelComponent
 
@@ -96,7 +96,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         return "BGEReranker"
 
     def _make_core(self) -> Scorer:
-        core = make_scorer(
+        core = make_reranker(
             self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
         )
         core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
@@ -108,7 +108,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         query = _checked(nodes, query_bundle)
         with self._event(nodes, query) as result:
             positions, texts = self._texts(nodes)
-            ranked = self._core.rank_spans(
+            ranked = self._core.rank(
                 query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
             )
             result.extend(self._result(nodes, positions, ranked))
@@ -121,7 +121,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         query = _checked(nodes, query_bundle)
         with self._event(nodes, query) as result:
             positions, texts = self._texts(nodes)
-            ranked = await self._core.arank_spans(
+            ranked = await self._core.arank(
                 query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
             )
             result.extend(self._result(nodes, positions, ranked))

@@ -141,7 +141,7 @@ def test_the_demo_s_reranker_is_an_ordinary_checkpoint():
     ]
     passages = ["Cats purr when content.", "Paris is the capital of France.", "Water boils."]
     with Reranker(folder) as reranker:
-        assert reranker.rank("which city is the capital of france", passages)[0][0] == 1
+        assert reranker.rank("which city is the capital of france", passages)[0].index == 1
 
 
 def test_the_questions_name_topics_of_this_python():

@@ -125,7 +125,9 @@ async def test_scores_and_order_are_those_of_this_machine(
         served = await call(remote, "score", QUERY, passages)
         np.testing.assert_allclose(served, expected, atol=1e-4)
         ranked = await call(remote, "rank", QUERY, passages)
-        assert [index for index, _ in ranked] == [index for index, _ in local.rank(QUERY, passages)]
+        assert [found.index for found in ranked] == [
+            found.index for found in local.rank(QUERY, passages)
+        ]
         pairs = [(query, passage) for passage in passages[:9] for query in (QUERY, "cat")]
         served = await call(remote, "score_pairs", pairs)
         np.testing.assert_allclose(served, local.score_pairs(pairs), atol=1e-4)

@@ -97,7 +97,7 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
         loaded.backend_tokenizer,
         pad=checkpoint.pad,
         lower_case=checkpoint.lower_case,
-        marks={mark for mark in marks if mark is not None},
+        special_token_ids={mark for mark in marks if mark is not None},
     )
 
 

@@ -337,7 +337,7 @@ def _other_kind_error(profile: Profile, name: str) -> CheckpointError:
         else "an embedding class (BGEEmbeddings, BGEEmbedding)"
     )
     if "multi_vector" in profile.outputs:
-        use += ", or to BGEReranker (bge_core.make_scorer), which scores with it"
+        use += ", or to BGEReranker (bge_core.make_reranker), which scores with it"
     article = "a reranker" if profile.kind == "reranker" else "an embedding model"
     return CheckpointError(f"{name!r} is {article}: give it to {use}.")
 

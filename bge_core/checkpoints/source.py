@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 # No space left, file too large, quota exceeded.
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_WANTED = ("*.json", "*.txt", "*.model", "*.safetensors", "*.pt", "*.py")
+_SMALL = ("*.json", "*.txt", "*.model")
+_WANTED = (*_SMALL, "*.safetensors", "*.pt", "*.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +142,12 @@ def _source_of(values: Mapping[str, Any], rows: tuple[Profile, ...]) -> Source:
     return Source(**values)
 
 
-def locate(source: Source) -> Path:
+def locate(source: Source, *, weights: bool = True) -> Path:
     """Find a checkpoint's folder, downloading it from the hub where that is allowed.
+
+    Args:
+        source: What the user wrote.
+        weights: Whether the weights are needed, and not its small files only.
 
     Raises:
         CheckpointError: It isn't in the cache and can't be downloaded; says why.
@@ -150,8 +155,8 @@ def locate(source: Source) -> Path:
     if source.is_local:
         return Path(source.model)
     try:
-        folder = _fetch(source, _WANTED)
-        if not any(folder.rglob("*.safetensors")):
+        folder = _fetch(source, _WANTED if weights else _SMALL)
+        if weights and not any(folder.rglob("*.safetensors")):
             # Older checkpoints, bge-m3 among them, have no safetensors.
             folder = _fetch(source, (*_WANTED, "*pytorch_model*.bin"))
     except Exception as exc:  # its two majors raise two HTTP clients' errors, and any of Python's

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bge_core import arguments
+
 __all__ = ["progress_bar"]
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ def progress_bar(
     Returns:
         A context with the function that moves the bar on, in any thread; None without a bar.
     """
-    bar = _bar(total, unit) if show else None
+    bar = _bar(total, unit) if arguments.flag("show_progress", show) else None
     if bar is None:
         yield None
         return

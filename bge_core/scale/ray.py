@@ -137,7 +137,7 @@ def write_shards(
         if file.base_name.startswith(".") and file.extension == "part":
             there.delete_file(file.path)  # of an actor that died
     written = [row["rows"] for row in done if row["rows"] is not None]
-    return ShardReport(written=len(written), kept=len(done) - len(written), rows=sum(written))
+    return ShardReport(written=len(written), skipped=len(done) - len(written), rows=sum(written))
 
 
 class _Worker:

@@ -27,7 +27,7 @@ except ImportError as exc:
         exc, "bge_core.scale", packages=("pyarrow",), install="'bge-adapters[ray]'"
     ) from exc
 
-_MADE_WITH = b"bge_core"
+_PROVENANCE = b"bge_core"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class ShardReport:
 
     Attributes:
         written: Shards that were computed and written.
-        kept: Shards that were there already.
+        skipped: Shards that were there already.
         rows: Rows of the shards that were written.
     """
 
     written: int
-    kept: int
+    skipped: int
     rows: int
 
 
@@ -59,19 +59,19 @@ class ShardWorker:
         return shards.append_column("rows", pa.array(rows, pa.int64()))
 
     @cached_property
-    def _made_with(self) -> bytes:
-        return json.dumps(self._step.made_with()).encode()
+    def _provenance(self) -> bytes:
+        return json.dumps(self._step.provenance()).encode()
 
     def _rows(self, name: str) -> int | None:
         """Write a shard and count its rows; None for one that is there."""
         path = f"{self._target}/{name}"
         if self._there.get_file_info(path).type == fs.FileType.NotFound:
             return self._write(name, path)
-        wrote = (pq.read_schema(path, filesystem=self._there).metadata or {}).get(_MADE_WITH)
-        if wrote != self._made_with:
+        wrote = (pq.read_schema(path, filesystem=self._there).metadata or {}).get(_PROVENANCE)
+        if wrote != self._provenance:
             msg = (
                 f"{path!r} was written with {(wrote or b'something else').decode()}, and this job "
-                f"is {self._made_with.decode()}: name another target, or delete that file."
+                f"is {self._provenance.decode()}: name another target, or delete that file."
             )
             raise ArgumentError(msg)
         return None
@@ -83,7 +83,7 @@ class ShardWorker:
                 shard = pq.ParquetFile(stream)
                 # A shard without rows has columns all the same.
                 schema = self._step(shard.schema_arrow.empty_table()).schema
-                marked = {**(schema.metadata or {}), _MADE_WITH: self._made_with}
+                marked = {**(schema.metadata or {}), _PROVENANCE: self._provenance}
                 with pq.ParquetWriter(
                     unfinished, schema.with_metadata(marked), filesystem=self._there
                 ) as writer:

@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args
 from bge_core import arguments
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, InputTypeError, needs_extra
-from bge_core.m3 import M3Reranker
-from bge_core.reranker import Reranker
+from bge_core.reranker import Scorer
 
 __all__ = ["Embed", "Rerank", "Step"]
 
@@ -60,8 +59,11 @@ class Embed:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not isinstance(self.embedder, Embedder):
-            msg = f"embedder must be a bge_core.Embedder, got {type(self.embedder).__name__}."
+        if not isinstance(self.embedder, Embedder) or not self.embedder.is_local:
+            msg = (
+                "embedder must be a bge_core.Embedder on this machine, got "
+                f"{type(self.embedder).__name__}."
+            )
             raise InputTypeError(msg)
         arguments.one_of("role", self.role, get_args(Role))
         _check_names(text_column=self.text_column, vector_column=self.vector_column)
@@ -72,7 +74,7 @@ class Embed:
         """The devices that its model asks for; empty for the best one of a machine."""
         return self.embedder.devices
 
-    def made_with(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Say, as JSON values, what changes the vectors: the model and the settings."""
         return {
             "embedder": self.embedder.fingerprint,
@@ -97,7 +99,7 @@ class Embed:
         embed = (
             self.embedder.embed_queries if self.role == "query" else self.embedder.embed_documents
         )
-        vectors = embed(texts)
+        vectors = embed(texts, priority="background")
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         return table.append_column(self.vector_column, column)
 
@@ -107,7 +109,7 @@ class Rerank:
     """Ranks the passages of each row against its query, as `Reranker.rank` does.
 
     Attributes:
-        reranker: The model, from `Reranker(...)` or `make_scorer(...)`; it travels as an
+        reranker: The model, from `Reranker(...)` or `make_reranker(...)`; it travels as an
             embedder does.
         query_column: A column of strings without nulls.
         passages_column: A column of lists of strings without nulls.
@@ -123,13 +125,14 @@ class Rerank:
         InputTypeError: A value of the wrong type.
 
     Example:
+        >>> from bge_core import Reranker
         >>> step = Rerank(reranker=Reranker("BAAI/bge-reranker-base"), top_n=1)
         >>> table = pa.table({"query": ["pandas?"], "passages": [["hi", "A panda is a bear."]]})
         >>> step(table).schema.names
         ['query', 'passages', 'order', 'scores']
     """
 
-    reranker: Reranker | M3Reranker
+    reranker: Scorer
     query_column: str = "query"
     passages_column: str = "passages"
     order_column: str = "order"
@@ -140,10 +143,10 @@ class Rerank:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not isinstance(self.reranker, (Reranker, M3Reranker)):
+        if not isinstance(self.reranker, Scorer) or not self.reranker.is_local:
             msg = (
-                "reranker must be a bge_core.Reranker, or what make_scorer gives, got "
-                f"{type(self.reranker).__name__}."
+                "reranker must be a bge_core.Reranker on this machine, or what make_reranker gives "
+                f"there, got {type(self.reranker).__name__}."
             )
             raise InputTypeError(msg)
         self.reranker.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
@@ -160,7 +163,7 @@ class Rerank:
         """The devices that its model asks for; empty for the best one of a machine."""
         return self.reranker.devices
 
-    def made_with(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Say, as JSON values, what changes the order and the scores."""
         return {
             "reranker": self.reranker.fingerprint,
@@ -192,12 +195,17 @@ class Rerank:
                     f"of the list in row {row} of a batch: drop it, or write '' there."
                 )
                 raise InputTypeError(msg)
-        rank = partial(self.reranker.rank, top_n=self.top_n, score_threshold=self.score_threshold)
+        rank = partial(
+            self.reranker.rank,
+            top_n=self.top_n,
+            score_threshold=self.score_threshold,
+            priority="background",
+        )
         # Several rows at once: the engine fills its packs from whatever waits.
         with ThreadPoolExecutor(_ROWS_AT_ONCE) as pool:
             ranked = list(pool.map(rank, queries, lists))
-        order = [[index for index, _ in row] for row in ranked]
-        scores = [[score for _, score in row] for row in ranked]
+        order = [[found.index for found in row] for row in ranked]
+        scores = [[found.score for found in row] for row in ranked]
         table = table.append_column(self.order_column, pa.array(order, pa.list_(pa.int32())))
         return table.append_column(self.scores_column, pa.array(scores, pa.list_(pa.float32())))
 

@@ -8,21 +8,29 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from bge_core import arguments
+from bge_core.backends.loading import load_tokenizer
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import check_kind, check_profile, read
 from bge_core.checkpoints.source import Source, locate
-from bge_core.embedder import DenseEmbedder
-from bge_core.engine.call import Call, progress_bar, run_off_loop
-from bge_core.errors import ArgumentError, CheckpointError, ComputationError, EndpointError
-from bge_core.lifecycle import Closeable, ContextManaged, fingerprint_of
-from bge_core.reranker import PairScorer
+from bge_core.embedder import Embedder
+from bge_core.engine.call import Call
+from bge_core.engine.process import hold_interpreter_exit, on_fork
+from bge_core.errors import (
+    ArgumentError,
+    CheckpointError,
+    ComputationError,
+    EndpointError,
+    closed_while_waiting_error,
+)
+from bge_core.lifecycle import Closeable
+from bge_core.reranker import Reranker
 from bge_core.servers.http import Endpoint, StatusError
 from bge_core.servers.protocols import (
     PROTOCOLS,
@@ -32,15 +40,18 @@ from bge_core.servers.protocols import (
     is_about_batches,
     rerank_probe,
 )
+from bge_core.tokenizer import report_truncation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bge_core.checkpoints.catalog import Profile
+    from bge_core.arguments import Priority
+    from bge_core.checkpoints.catalog import PairPrompt, Profile
     from bge_core.checkpoints.metadata import Checkpoint, Kind
-    from bge_core.engine.scheduler import Priority
+    from bge_core.engine.call import Progress, Steps
     from bge_core.prompts import QueryExample
     from bge_core.servers.protocols import ServerProtocol
+    from bge_core.tokenizer import Tokenizer
 
 __all__ = [
     "RemoteEmbedder",
@@ -52,7 +63,6 @@ __all__ = [
 
 Item = TypeVar("Item", str, tuple[str, str])
 Part = TypeVar("Part")
-Progress = Callable[[int], None] | None
 
 # What text-embeddings-inference takes at a time unless told otherwise, and half of the two
 # megabytes that it takes at most, in characters of four bytes.
@@ -64,8 +74,6 @@ _PATH = re.compile(r"[~./]|[A-Za-z]:/|.*\\")
 _LONGEST_NAME = 255
 # Requests of one call that the server has at a time.
 _IN_FLIGHT = 4
-# Items that an event loop puts in order itself: handing them over would take longer.
-_FEW_ITEMS = 64
 # What an answer can have: a vector of many numbers written out in full, with spaces; a score
 # beside what else a server says of it; an echo of the request; and never more than the last.
 _VECTOR_BYTES = 8192 * 40
@@ -78,8 +86,8 @@ class ServedModel(Closeable, Generic[Item]):
     """A model that a server runs: what `Embedder` and `Reranker` have on this machine.
 
     The model's name says what it is: instructions and dimension come from it, and with a folder
-    of this machine from its JSON files. Nothing is downloaded, and pickles carry the
-    configuration only.
+    of this machine from its JSON files. Nothing is downloaded, save for `long_passages="window"`
+    a tokenizer, and pickles carry the configuration only.
 
     Args:
         kind: `"embedder"` or `"reranker"`.
@@ -90,6 +98,7 @@ class ServedModel(Closeable, Generic[Item]):
         timeout: Seconds to wait for one answer; None for 60.
         served_model_name: What the server calls it; None for `model`.
         endpoint_batch_size: Texts that one request carries, at most; None for 32.
+        max_length: Tokens that the server reads of a text; None for the model's limit.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -97,7 +106,11 @@ class ServedModel(Closeable, Generic[Item]):
         InputTypeError: A value of the wrong type.
     """
 
-    _unpickled_attributes = frozenset({"_batch_size", "_checkpoint", "_closed", "_in_flight"})
+    _unpickled_attributes = Closeable._unpickled_attributes | {
+        "_batch_size",
+        "_checkpoint",
+        "_tokenizer",
+    }
 
     def __init__(
         self,
@@ -109,6 +122,7 @@ class ServedModel(Closeable, Generic[Item]):
         timeout: float | None,
         served_model_name: str | None,
         endpoint_batch_size: int | None,
+        max_length: int | None,
     ) -> None:
         self._kind = kind
         self._source = served_source(model)
@@ -119,18 +133,24 @@ class ServedModel(Closeable, Generic[Item]):
                 "endpoint_batch_size", endpoint_batch_size, unit=" of texts", instead=" or None"
             )
         self.endpoint = Endpoint(endpoint, api_key=api_key, timeout=timeout)
-        self._start()
+        self._max_length = max_length
+        if max_length is not None:
+            self._max_length = arguments.whole_number(
+                "max_length", max_length, unit=" of tokens", instead=" or None"
+            )
+        self._init_process_state()
         if self._source.is_local:
             self.checkpoint()  # reading it is the check
         else:
             check_profile(find_served_profile(self.model), kind, self.model)
 
-    def _start(self) -> None:
-        self._closed = False
+    def _init_process_state(self) -> None:
+        super()._init_process_state()
+        on_fork(self, ServedModel.after_fork)
         # What a server was found to take, it takes of everybody who asks through this object.
         self._batch_size = self._most_items
         self._checkpoint: Checkpoint | None = None
-        self._in_flight: set[Future[Any]] = set()
+        self._tokenizer: Tokenizer | None = None
 
     @property
     def model(self) -> str:
@@ -157,11 +177,86 @@ class ServedModel(Closeable, Generic[Item]):
         return profile.id if profile else Path(self.model).name
 
     @property
-    def content(self) -> str:
+    def is_local(self) -> bool:
+        """False: it runs on a server."""
+        return False
+
+    @property
+    def ready(self) -> bool:
+        """True: nothing has to be loaded."""
+        return True
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """The prompts that the folder on this machine carries; none of a hub id."""
+        checkpoint = self.checkpoint()
+        return checkpoint.prompts if checkpoint else {}
+
+    @property
+    def pair_prompt(self) -> PairPrompt | None:
+        """How it is asked to score a pair, where it is a language model."""
+        known = self.checkpoint() or self.profile
+        return known.pair_prompt if known else None
+
+    @property
+    def dimension(self) -> int | None:
+        """Length of its vectors; None where neither its name nor its folder says it."""
+        if checkpoint := self.checkpoint():
+            return checkpoint.hidden_size if checkpoint.plain else None
+        return self.profile.dimension if self.profile else None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the server reads of a text, as far as can be known here.
+
+        Raises:
+            ArgumentError: Neither the model's name nor its folder says it.
+        """
+        if self._max_length is not None:
+            return self._max_length
+        if checkpoint := self.checkpoint():
+            return checkpoint.default_length
+        if self.profile is not None:
+            return self.profile.max_length
+        msg = (
+            f"How many tokens the server reads of {self.model!r} is not known here: pass "
+            "max_length=..., or long_passages='truncate'."
+        )
+        raise ArgumentError(msg)
+
+    @property
+    def capacity(self) -> int:
+        """As `max_length`: what else the server could read is not known."""
+        return self.max_length
+
+    @property
+    def dtype(self) -> str:
+        """`"unknown"`: the server has its own number format, and doesn't say."""
+        return "unknown"
+
+    @property
+    def fingerprint(self) -> tuple[object, ...]:
         """What stands for the weights: what the server has can't be known."""
         checkpoint = self.checkpoint()
         content = checkpoint.digest() if checkpoint else self.model
-        return content if self._served_name is None else f"{content} as {self._served_name}"
+        return "served", content, self._served_name, self._max_length
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the model's tokenizer, of its folder or from the hub.
+
+        Raises:
+            CheckpointError: It can't be found.
+            ClosedError: The model was closed.
+        """
+        self.check_open()
+        if self._tokenizer is None:
+            profile = self.profile
+            local = self._source.is_local or profile is None
+            source = self._source if local or profile is None else Source.of(profile.id)
+            found = read(source, locate(source, weights=False))
+            with hold_interpreter_exit():
+                self._tokenizer = load_tokenizer(found, trust_remote_code=False)
+        return self._tokenizer
 
     def checkpoint(self) -> Checkpoint | None:
         """Read the folder on this machine, where the model is one."""
@@ -172,55 +267,59 @@ class ServedModel(Closeable, Generic[Item]):
         return self._checkpoint
 
     def close(self) -> None:
-        """Let go of the server; callers that still wait get a `ClosedError`."""
-        self._closed = True
-        for future in list(self._in_flight):
-            future.cancel()
+        """Release the server. Callers that still wait get a `ClosedError`."""
+        super().close()
         self.endpoint.close()
 
     @abstractmethod
     async def _rows(self, items: Sequence[Item], progress: Progress) -> list[NDArray[np.float32]]:
         """Ask the server for a row of each item."""
 
-    def compute(self, items: Sequence[Item], *, show_progress: bool) -> NDArray[np.float32] | None:
-        """Give a row an item, [n, width], or None for no items.
+    def steps(
+        self,
+        call: Call[Any],
+        *,
+        priority: Priority,  # noqa: ARG002 -- the server has its own queue
+        progress: Progress = None,
+    ) -> Steps[None]:
+        """Ask the server for a call's items and add their rows to it.
+
+        Args:
+            call: Texts or pairs.
+            priority: Of no effect: the server has its own queue.
+            progress: Called with the number of items done.
+
+        Yields:
+            The future of all rows.
 
         Raises:
             ClosedError: The model was closed.
             EndpointError: The server can't be reached, fails, or gives no such answer.
         """
-        self._check_open()
-        if not items:
-            return None
-        call = Call(items)
-        future = self._begin(call, show_progress=show_progress)
-        call.take(self._wait(future))
-        return call.stacked()
+        self.check_open()
+        if not call.items:
+            return
+        items, (before, after) = call.items, call.around
+        if before or after:
+            # On this machine these are tokens that are never truncated; a server takes text.
+            items = [f"{before}{item}{after}" for item in items]
+        future = self.endpoint.start(self._rows(items, progress))
+        self._track(future)
+        try:
+            call.add_rows((yield future))
+        except CancelledError as exc:
+            raise closed_while_waiting_error(self.model) from exc
 
-    async def acompute(
-        self, items: Sequence[Item], *, show_progress: bool
-    ) -> NDArray[np.float32] | None:
-        """Give rows without blocking the event loop; see `compute`."""
-        self._check_open()
-        if not items:
-            return None
-        few = len(items) <= _FEW_ITEMS
-        call = await run_off_loop(Call, items, inline=few)
-        future = self._begin(call, show_progress=show_progress)
-        call.take(await self._await(future))
-        return await run_off_loop(call.stacked, inline=few)
-
-    def _begin(self, call: Call[Item], *, show_progress: bool) -> Future[list[NDArray[np.float32]]]:
-        async def work() -> list[NDArray[np.float32]]:
-            with progress_bar(len(call.items), show=show_progress) as progress:
-                return await self._rows(call.items, progress)
-
-        future = self.endpoint.start(work())
-        self._in_flight.add(future)
-        future.add_done_callback(self._in_flight.discard)
-        if self._closed:
-            future.cancel()
-        return future
+    def report_truncation(self, what: str, truncated: int, total: int) -> None:
+        """Log how many texts were truncated here, before the server could."""
+        report_truncation(
+            what=what,
+            truncated=truncated,
+            total=total,
+            max_length=self.max_length,
+            policy="warn",
+            model=self.model,
+        )
 
     async def _ask_in_batches(
         self,
@@ -285,7 +384,7 @@ class ServedModel(Closeable, Generic[Item]):
             return None  # another server, or an older one
 
     def non_finite_error(self, which: str) -> ComputationError:
-        """Say that NaN or infinity came out."""
+        """Return the error that says that NaN or infinity came out."""
         msg = (
             f"{self.endpoint.url} gave NaN or infinity for {which}: half precision overflows on "
             "some texts. Start the server with float32 or bfloat16 (--dtype)."
@@ -298,13 +397,12 @@ class _ServedEmbedder(ServedModel[str]):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(kind="embedder", **options)
-        self.width = self.expected_width()
+        self.width = super().dimension
 
-    def expected_width(self) -> int | None:
-        """Say how long vectors are, where the model's name or folder says it."""
-        if checkpoint := self.checkpoint():
-            return checkpoint.hidden_size if checkpoint.plain else None
-        return self.profile.dimension if self.profile else None
+    @property
+    def dimension(self) -> int | None:
+        """Length of its vectors; the first answer tells where nothing else does."""
+        return self.width
 
     async def _rows(self, items: Sequence[str], progress: Progress) -> list[NDArray[np.float32]]:
         # All kinds of servers embed alike.
@@ -401,7 +499,7 @@ class _ServedReranker(ServedModel[tuple[str, str]]):
         return protocol
 
 
-class RemoteEmbedder(DenseEmbedder, ContextManaged):
+class RemoteEmbedder(Embedder):
     """An embedding model that a server runs: text-embeddings-inference, Infinity, or alike.
 
     Instructions, order, and the length of vectors are those of `Embedder`. How long a text may
@@ -425,6 +523,11 @@ class RemoteEmbedder(DenseEmbedder, ContextManaged):
         task: llm-embedder's task; None for every other model.
         normalize: Scale vectors to unit length. False gives them as the server does, which
             with text-embeddings-inference are of unit length in any case.
+        long_passages: What happens with a document that the server would truncate; `"window"`
+            sends overlapping windows of it instead, as `Embedder` does. It needs the model's
+            tokenizer, of the folder or from the hub.
+        max_length: Tokens that the server reads of a text, for the windows; None for the model's
+            limit.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -438,6 +541,8 @@ class RemoteEmbedder(DenseEmbedder, ContextManaged):
         >>> embedder.embed_documents(["Paris is in France."]).shape  # doctest: +SKIP
         (1, 384)
     """
+
+    _model: _ServedEmbedder
 
     def __init__(
         self,
@@ -453,95 +558,36 @@ class RemoteEmbedder(DenseEmbedder, ContextManaged):
         examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
         task: str | None = None,
         normalize: bool = True,
+        long_passages: str = "truncate",
+        max_length: int | None = None,
     ) -> None:
-        super().__init__(
-            query_instruction=query_instruction,
-            task_description=task_description,
-            examples=examples,
-            task=task,
-            normalize=normalize,
-        )
-        self._served = _ServedEmbedder(
+        served = _ServedEmbedder(
             model=model,
             endpoint=endpoint,
             api_key=api_key,
             timeout=timeout,
             served_model_name=served_model_name,
             endpoint_batch_size=endpoint_batch_size,
+            max_length=max_length,
+        )
+        self._set_up(
+            served,
+            query_instruction=query_instruction,
+            task_description=task_description,
+            examples=examples,
+            task=task,
+            normalize=normalize,
+            long_passages=long_passages,
         )
         _ = self._template  # making it is the check
 
     @property
-    def model(self) -> str:
-        """The hub id, the server's name of it, or the folder."""
-        return self._served.model
-
-    @property
     def endpoint(self) -> str:
         """The server's address."""
-        return self._served.endpoint.url
-
-    @property
-    def dimension(self) -> int:
-        """Length of a vector; the server is asked where the model's name doesn't say it."""
-        if self._served.width is None:
-            return int(self.embed_documents(["a"]).shape[1])
-        return self._served.width
-
-    @property
-    def dtype(self) -> str:
-        """`"unknown"`: the server has its own number format, and doesn't say."""
-        return "unknown"
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the model's name, instructions and scale.
-
-        What the server runs under that name, its number format and its limits can't be known.
-        """
-        frame = self._template
-        asked = (frame.examples, frame.before, frame.after, frame.document)
-        return fingerprint_of("served", self._served.content, asked, self._normalize)
-
-    def close(self) -> None:
-        """Let go of the server; callers that still wait get a `ClosedError`."""
-        self._served.close()
-
-    def _profile(self) -> Profile | None:
-        return self._served.profile
-
-    def _prompts(self) -> Mapping[str, str]:
-        checkpoint = self._served.checkpoint()
-        return checkpoint.prompts if checkpoint else {}
-
-    def _queries(self, texts: Iterable[str]) -> list[str]:
-        # On this machine these parts are tokens that nothing is cut of; a server takes text.
-        frame = self._template
-        return [f"{frame.examples}{text}{frame.after}" for text in super()._queries(texts)]
-
-    def _compute(
-        self,
-        items: Sequence[str],
-        *,
-        priority: Priority,  # noqa: ARG002 -- the server has its own queue
-        show_progress: bool = False,
-    ) -> NDArray[np.float32] | None:
-        return self._served.compute(items, show_progress=show_progress)
-
-    async def _acompute(
-        self,
-        items: Sequence[str],
-        *,
-        priority: Priority,  # noqa: ARG002
-        show_progress: bool = False,
-    ) -> NDArray[np.float32] | None:
-        return await self._served.acompute(items, show_progress=show_progress)
-
-    def _non_finite_error(self, which: str) -> ComputationError:
-        return self._served.non_finite_error(which)
+        return self._model.endpoint.url
 
 
-class RemoteReranker(PairScorer, ContextManaged):
+class RemoteReranker(Reranker):
     """A cross-encoder that a server runs: text-embeddings-inference, Infinity, or alike.
 
     The server is asked for raw logits, and scale, order, ties and limits are those of `Reranker`.
@@ -561,6 +607,11 @@ class RemoteReranker(PairScorer, ContextManaged):
         endpoint_batch_size: Passages that one request carries, at most; None for 32. A
             smaller limit of the server's is learnt from its first refusal.
         normalize: Give the sigmoid of the logit, from 0 to 1; False gives the raw logit.
+        long_passages: What happens with a passage that the server would truncate; `"window"`
+            sends overlapping windows of it instead, as `Reranker` does. It needs the model's
+            tokenizer, of the folder or from the hub.
+        max_length: Tokens that the server reads of a pair, for the windows; None for the model's
+            limit.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -572,8 +623,10 @@ class RemoteReranker(PairScorer, ContextManaged):
         >>> reranker.rank("what is a panda?", [])
         []
         >>> reranker.rank("what is a panda?", ["A panda is a bear."])  # doctest: +SKIP
-        [(0, 0.9979)]
+        [Ranked(index=0, score=0.9979, span=None)]
     """
+
+    _model: _ServedReranker
 
     def __init__(
         self,
@@ -585,18 +638,20 @@ class RemoteReranker(PairScorer, ContextManaged):
         served_model_name: str | None = None,
         endpoint_batch_size: int | None = None,
         normalize: bool = True,
+        long_passages: str = "truncate",
+        max_length: int | None = None,
     ) -> None:
-        super().__init__(normalize=normalize)
-        self._served = _ServedReranker(
+        served = _ServedReranker(
             model=model,
             endpoint=endpoint,
             api_key=api_key,
             timeout=timeout,
             served_model_name=served_model_name,
             endpoint_batch_size=endpoint_batch_size,
+            max_length=max_length,
         )
-        known = self._served.checkpoint() or self._served.profile
-        if known is not None and known.pair_prompt is not None:
+        self._set_up(served, normalize=normalize, long_passages=long_passages)
+        if served.pair_prompt is not None:
             msg = (
                 f"{self.model!r} is a language model that is asked a question, and a server's "
                 "/rerank runs cross-encoders: leave endpoint=... out, or use "
@@ -605,49 +660,9 @@ class RemoteReranker(PairScorer, ContextManaged):
             raise CheckpointError(msg)
 
     @property
-    def model(self) -> str:
-        """The hub id, the server's name of it, or the folder."""
-        return self._served.model
-
-    @property
     def endpoint(self) -> str:
         """The server's address."""
-        return self._served.endpoint.url
-
-    @property
-    def dtype(self) -> str:
-        """`"unknown"`: the server has its own number format, and doesn't say."""
-        return "unknown"
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the model's name and the scale."""
-        return fingerprint_of("served", self._served.content, self._normalize)
-
-    def close(self) -> None:
-        """Let go of the server; callers that still wait get a `ClosedError`."""
-        self._served.close()
-
-    def _compute(
-        self,
-        items: Sequence[tuple[str, str]],
-        *,
-        priority: Priority,  # noqa: ARG002 -- the server has its own queue
-        show_progress: bool = False,
-    ) -> NDArray[np.float32] | None:
-        return self._served.compute(items, show_progress=show_progress)
-
-    async def _acompute(
-        self,
-        items: Sequence[tuple[str, str]],
-        *,
-        priority: Priority,  # noqa: ARG002
-        show_progress: bool = False,
-    ) -> NDArray[np.float32] | None:
-        return await self._served.acompute(items, show_progress=show_progress)
-
-    def _non_finite_error(self, which: str) -> ComputationError:
-        return self._served.non_finite_error(which)
+        return self._model.endpoint.url
 
 
 def find_served_profile(name: str, kind: Kind | None = None) -> Profile | None:

@@ -479,10 +479,12 @@ async def test_ranks_and_thresholds_are_those_of_every_reranker(
         )
         best = await call(reranker, "rank", "Where is Paris?", passages, top_n=1)
     np.testing.assert_allclose(
-        [score for _, score in ranked], sorted(expected[expected >= middle - 1e-6])[::-1], atol=1e-5
+        [found.score for found in ranked],
+        sorted(expected[expected >= middle - 1e-6])[::-1],
+        atol=1e-5,
     )
     assert best == ranked[:1]
-    assert {type(score) for _, score in ranked} == {float}
+    assert {type(found.score) for found in ranked} == {float}
 
 
 def test_a_pair_never_is_longer_than_the_model(gemma_reranker_folder, copy_of, caplog):
@@ -491,8 +493,13 @@ def test_a_pair_never_is_longer_than_the_model(gemma_reranker_folder, copy_of, c
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     with Reranker(folder, normalize=False) as reranker:
-        tokenizer = reranker._loaded().tokenizer
-        (sequence, short), _ = reranker._encode(tokenizer, [(LONG * 9, LONG * 9), ("a", "b")])
+        tokenizer = reranker.local.tokenizer()
+        (sequence, short), _ = tokenizer.encode_pairs(
+            [(LONG * 9, LONG * 9), ("a", "b")],
+            reranker.checkpoint.pair_prompt,
+            max_length=reranker.max_length,
+            limit=reranker.checkpoint.max_length,
+        )
         assert reranker.score(LONG * 9, [LONG * 9]).shape == (1,)
     assert len(sequence) == 1024
     question = tokenizer.encode([f"\n{QUESTION}"], max_length=1000)[0][0].ids[-10:]

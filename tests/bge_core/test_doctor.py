@@ -116,7 +116,7 @@ def test_where_an_instruction_comes_from(page, request, name, instruction, docum
 
 
 def test_what_would_be_logged_is_in_the_report(page, unknown_folder, monkeypatch):
-    monkeypatch.setattr("bge_core.embedder._said", set())
+    monkeypatch.setattr("bge_core.embedder._warned_models", set())
     rows, _ = page(unknown_folder)
     assert "query_instruction='...'" in rows["warning"]
 

@@ -716,7 +716,7 @@ def test_a_string_s_own_text_counts_whatever_it_prints(en_folder):
 
 def test_two_spellings_of_a_device_share_the_weights(en_folder):
     with Embedder(en_folder, device="cpu") as one, Embedder(en_folder, device="cpu:0") as two:
-        assert one._loaded() is two._loaded()
+        assert one.local.loaded() is two.local.loaded()
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99"])

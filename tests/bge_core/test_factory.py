@@ -57,9 +57,9 @@ async def test_m3_gets_its_three_scores(call, m3_folder, weights):
     )
     assert scorer.model == str(m3_folder)
     ranked = await call(scorer, "rank", QUERY, PASSAGES)
-    assert [index for index, _ in ranked] == np.argsort(-expected, kind="stable").tolist()
-    assert {(type(index), type(score)) for index, score in ranked} == {(int, float)}
-    least = ranked[2][1]
+    assert [found.index for found in ranked] == np.argsort(-expected, kind="stable").tolist()
+    assert {(type(found.index), type(found.score)) for found in ranked} == {(int, float)}
+    least = ranked[2].score
     assert await call(scorer, "rank", QUERY, PASSAGES, top_n=2) == ranked[:2]
     assert await call(scorer, "rank", QUERY, PASSAGES, score_threshold=least) == ranked[:3]
     assert await call(scorer, "rank", QUERY, []) == []

@@ -268,13 +268,13 @@ async def test_few_token_vectors_are_held_while_scoring(
 ):
     monkeypatch.setattr(bge_core.m3, "_SCORED_CHARACTERS", 100)
     held = []
-    take = bge_core.m3._Scoring.take
+    take = bge_core.m3._Scoring.add_rows
 
     def counting(self, rows):
         take(self, rows)
         held.append(sum(text is not None for text in self._held))
 
-    monkeypatch.setattr(bge_core.m3._Scoring, "take", counting)
+    monkeypatch.setattr(bge_core.m3._Scoring, "add_rows", counting)
     pairs = [("cat", f"{text} {n}") for n in range(8) for text in TEXTS]
     scores = await call(embedder, "score", pairs, weights={"sparse": 0})
     assert len(held) > 20
@@ -358,7 +358,7 @@ async def test_the_second_asker_needs_no_pass(call, m3_folder, computed, referen
         second = "sparse" if first == "dense" else "dense"
         outcomes[second] = await ask(second)
         assert computed.tokens == tokens
-        assert len(m3._loaded().output_cache) == 0
+        assert len(m3.local.loaded().output_cache) == 0
         # What was taken is gone: a third asker computes, and leaves the other half again.
         await ask(second)
         assert computed.tokens == 2 * tokens
@@ -429,7 +429,7 @@ def test_nothing_is_kept_unless_somebody_wants_it(m3_folder, computed):
         dense.embed_documents(TEXTS)
         tokens = computed.tokens
         m3.encode(TEXTS, dense=False)
-        cache = m3._loaded().output_cache
+        cache = m3.local.loaded().output_cache
         assert not cache.is_shared
         assert len(cache) == 0
         assert computed.tokens == 2 * tokens
@@ -449,7 +449,7 @@ def test_what_is_shared_is_let_go_with_the_last_one_who_wants_it(m3_folder):
     with Embedder(m3_folder) as dense:
         sharing = [M3Embedder(m3_folder, share_outputs=True) for _ in range(3)]
         sharing[0].encode(TEXTS, dense=False)
-        cache = sharing[0]._loaded().output_cache
+        cache = sharing[0].local.loaded().output_cache
         assert len(cache) == len(set(TEXTS))
         sharing.pop().close()
         del sharing[1]  # not closed, and collected
@@ -465,7 +465,7 @@ def test_what_is_shared_is_let_go_with_the_last_one_who_wants_it(m3_folder):
 def test_scores_leave_nothing(m3_folder):
     with M3Embedder(m3_folder, share_outputs=True) as m3:
         m3.score([("cat", "panda")], weights={"dense": 1, "sparse": 0, "multi_vector": 0})
-        assert len(m3._loaded().output_cache) == 0
+        assert len(m3.local.loaded().output_cache) == 0
 
 
 def test_engines_of_one_checkpoint_share_what_passes_leave(m3_folder, copy_of, computed):
@@ -527,7 +527,7 @@ def test_threads_get_their_own(m3_folder, reference):
 
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(work, range(6)))
-        cache = m3._loaded().output_cache
+        cache = m3.local.loaded().output_cache
         assert not wrong
         assert cache.size < 1 << 20
 
@@ -706,7 +706,7 @@ def test_copies_and_pickles_carry_the_configuration(m3_folder, reference):
     for other in (pickle.loads(carried), copy.copy(embedder), copy.deepcopy(embedder)):
         assert other.max_length == 20
         check(other.encode(TEXTS, multi_vector=True), reference, TEXTS, max_length=20)
-        assert other._loaded().output_cache.is_shared
+        assert other.local.loaded().output_cache.is_shared
 
 
 def test_fingerprint(m3_folder, copy_of):

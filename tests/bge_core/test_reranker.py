@@ -126,8 +126,8 @@ async def test_normalising_never_changes_the_ranks(loud_reranker_folder, call, c
     ):
         ranked = await call(sigmoid, "rank", QUERY, corpus)
         by_logit = await call(raw, "rank", QUERY, corpus)
-    assert sum(score > 20 for _, score in by_logit) > 2
-    assert [index for index, _ in ranked] == [index for index, _ in by_logit]
+    assert sum(score > 20 for score in (found.score for found in by_logit)) > 2
+    assert [found.index for found in ranked] == [found.index for found in by_logit]
 
 
 def test_a_sigmoid_of_large_logits_neither_overflows_nor_warns(loud_reranker_folder):
@@ -184,14 +184,17 @@ async def test_ranks_are_best_first_with_python_numbers(bert_reranker_folder, ca
     with Reranker(bert_reranker_folder, normalize=normalize) as reranker:
         scores = reranker.score(QUERY, PASSAGES)
         ranked = await call(reranker, "rank", QUERY, PASSAGES)
-    assert ranked == sorted(enumerate(scores.tolist()), key=lambda item: -item[1])
-    assert {(type(index), type(score)) for index, score in ranked} == {(int, float)}
+    assert [(found.index, found.score) for found in ranked] == sorted(
+        enumerate(scores.tolist()), key=lambda item: -item[1]
+    )
+    assert {(type(found.index), type(found.score)) for found in ranked} == {(int, float)}
+    assert {found.span for found in ranked} == {None}
 
 
 async def test_ties_keep_the_order_of_the_input(reranker, call):
     passages = ["cat", "dog", "cat", "panda", "dog", "cat", "panda"]
     ranked = await call(reranker, "rank", QUERY, passages)
-    indices = [index for index, _ in ranked]
+    indices = [found.index for found in ranked]
     for text in set(passages):
         own = [index for index in indices if passages[index] == text]
         assert own == sorted(own)
@@ -209,21 +212,21 @@ async def test_top_n_is_how_many_at_most(reranker, call, top_n, count):
 async def test_the_threshold_belongs_to_what_it_lets_through(reranker, call):
     everything = await call(reranker, "rank", QUERY, PASSAGES)
     for count in (1, 4, 10):
-        threshold = everything[count - 1][1]
+        threshold = everything[count - 1].score
         found = await call(reranker, "rank", QUERY, PASSAGES, score_threshold=threshold)
-        assert found == [item for item in everything if item[1] >= threshold]
+        assert found == [item for item in everything if item.score >= threshold]
         above = np.nextafter(threshold, 2)
         found = await call(reranker, "rank", QUERY, PASSAGES, score_threshold=float(above))
-        assert found == [item for item in everything if item[1] > threshold]
+        assert found == [item for item in everything if item.score > threshold]
 
 
 async def test_threshold_and_top_n_hold_together(reranker, call):
     everything = await call(reranker, "rank", QUERY, PASSAGES)
-    threshold = everything[4][1]
+    threshold = everything[4].score
     options = {"top_n": 2, "score_threshold": threshold}
     assert await call(reranker, "rank", QUERY, PASSAGES, **options) == everything[:2]
     options = {"top_n": 9, "score_threshold": threshold}
-    above = [item for item in everything if item[1] >= threshold]
+    above = [item for item in everything if item.score >= threshold]
     assert await call(reranker, "rank", QUERY, PASSAGES, **options) == above
     assert await call(reranker, "rank", QUERY, PASSAGES, score_threshold=1) == []
     with pytest.raises(ArgumentError, match="normalize=False"):

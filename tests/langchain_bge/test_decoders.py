@@ -82,9 +82,12 @@ async def test_a_language_model_reranks_and_scores(gemma_reranker_folder, call):
     documents = [Document(page_content=text) for text in texts]
     with BGEReranker(model=gemma_reranker_folder, top_n=2) as reranker:
         kept = await call(reranker, "compress_documents", documents, "Where is Paris?")
-    assert [document.page_content for document in kept] == [texts[at] for at, _ in expected[:2]]
+    assert [document.page_content for document in kept] == [
+        texts[found.index] for found in expected[:2]
+    ]
     scores = [document.metadata["relevance_score"] for document in kept]
-    np.testing.assert_allclose(scores, [score for _, score in expected[:2]], atol=1e-6)
+    np.testing.assert_allclose(scores, [found.score for found in expected[:2]], atol=1e-6)
     with BGECrossEncoder(model=gemma_reranker_folder) as encoder:
         scores = encoder.score([("Where is Paris?", text) for text in texts])
-    np.testing.assert_allclose(scores, [score for _, score in sorted(expected)], atol=1e-6)
+    in_order = sorted(expected, key=lambda found: found.index)
+    np.testing.assert_allclose(scores, [found.score for found in in_order], atol=1e-6)

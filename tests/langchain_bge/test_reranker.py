@@ -283,7 +283,7 @@ class TestLongPassages:
             BGEReranker(long_passages="window", **options) as reranker,
             Reranker(bert_reranker_folder, max_length=32, long_passages="window") as core,
         ):
-            expected = core.rank_spans(QUERY, [document.page_content for document in given])
+            expected = core.rank(QUERY, [document.page_content for document in given])
             kept = await call(reranker, "compress_documents", given, QUERY)
             results = await call(reranker, "rerank", given, QUERY)
         assert [
@@ -332,14 +332,15 @@ class TestLongPassages:
             )
             assert ours.fingerprint == own.fingerprint
 
-    def test_what_can_t_be_is_refused(self, bert_reranker_folder, m3_folder):
+    def test_another_word_is_refused(self, bert_reranker_folder):
         with pytest.raises(ArgumentError, match="long_passages"):
             BGEReranker(model=bert_reranker_folder, long_passages="windows")
-        with pytest.raises(ArgumentError, match="long_passages='window' is for rerankers"):
-            BGEReranker(model=m3_folder, long_passages="window")
-        with pytest.raises(ArgumentError, match="long_passages can't be set with endpoint"):
-            BGEReranker(
-                model="BAAI/bge-reranker-base",
-                endpoint="http://localhost:1",
-                long_passages="window",
-            )
+
+    async def test_bge_m3_reads_windows_too(self, m3_folder, call):
+        options = {"model": m3_folder, "max_length": 20, "long_passages": "window"}
+        chapter = Document(page_content="Cats purr. " * 40 + "Paris is in France.")
+        with BGEReranker(**options) as reranker:
+            (best,) = await call(reranker, "compress_documents", [chapter], "Where is Paris?")
+        start, end = best.metadata["relevance_start"], best.metadata["relevance_end"]
+        assert 0 <= start < end <= len(chapter.page_content)
+        assert end - start < len(chapter.page_content)

@@ -117,7 +117,7 @@ class TestHybrid:
         await call(store, "add_texts", TEXTS)
         reranker = BGEReranker(model=m3_folder)
         await call(reranker, "rerank", TEXTS, QUERY)
-        engines = {id(model._core._engine) for model in (dense, sparse)}
+        engines = {id(model._core._model._engine) for model in (dense, sparse)}
         core: Any = reranker._core
         assert engines == {id(core._embedder._engine)}
 

@@ -83,7 +83,7 @@ def test_a_language_model_reranks(gemma_reranker_folder):
     nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
     with BGEReranker(model=gemma_reranker_folder, top_n=2) as reranker:
         kept = reranker.postprocess_nodes(nodes, query_str="Where is Paris?")
-    assert [node.text for node in kept] == [texts[at] for at, _ in expected]
+    assert [node.text for node in kept] == [texts[found.index] for found in expected]
     np.testing.assert_allclose(
-        [node.score for node in kept], [score for _, score in expected], atol=1e-6
+        [node.score for node in kept], [found.score for found in expected], atol=1e-6
     )

@@ -97,13 +97,13 @@ def test_task(llm_embedder_folder: Path, reference_embed: Any):
 
 async def test_many_queries_are_one_batch(en_folder: Path, call: Any, monkeypatch: Any):
     batches = []
-    real = Embedder._queries
+    real = Embedder._embed_queries
 
-    def watched(self: Embedder, texts: Any) -> list[str]:
+    def watched(self: Embedder, texts: Any, *given: Any) -> Any:
         batches.append(list(texts))
-        return real(self, texts)
+        return real(self, texts, *given)
 
-    monkeypatch.setattr(Embedder, "_queries", watched)
+    monkeypatch.setattr(Embedder, "_embed_queries", watched)
     model = BGEEmbedding(model_name=en_folder)
     await call(model, "get_agg_embedding_from_queries", ["a", "b", "a", "c"])
     assert batches == [["a", "b", "c"]]
@@ -249,7 +249,7 @@ def test_weights_are_shared_and_closed(en_folder: Path):
     vector = one.get_text_embedding("a")
     two.get_text_embedding("a")
     cores: list[Any] = [one._core, two._core]
-    assert cores[0]._engine is cores[1]._engine
+    assert cores[0]._model._engine is cores[1]._model._engine
     one.close()
     one.close()
     with pytest.raises(ClosedError):

@@ -29,6 +29,7 @@ from bge_core import (
     Reranker,
     TruncationError,
 )
+from bge_core.tokenizer import Tokenizer
 from llamaindex_bge import BGEEmbedding, BGEReranker
 
 QUERY = "what is the capital of France?"
@@ -75,13 +76,13 @@ async def test_what_is_scored_is_the_embed_text(reranker_folder: Path, call: Any
 
 async def test_all_nodes_are_one_batch(reranker_folder: Path, call: Any, monkeypatch: Any):
     batches = []
-    real = Reranker._encode
+    real = Tokenizer.encode_pairs
 
-    def watched(self: Reranker, tokenizer: Any, pairs: Any) -> Any:
+    def watched(self: Tokenizer, pairs: Any, *given: Any, **options: Any) -> Any:
         batches.append(list(pairs))
-        return real(self, tokenizer, pairs)
+        return real(self, pairs, *given, **options)
 
-    monkeypatch.setattr(Reranker, "_encode", watched)
+    monkeypatch.setattr(Tokenizer, "encode_pairs", watched)
     model = BGEReranker(model=reranker_folder)
     await call(model, "postprocess_nodes", nodes_of(*TEXTS, TEXTS[0]), query_str=QUERY)
     assert batches == [[(QUERY, text) for text in TEXTS]]
@@ -267,7 +268,7 @@ async def test_the_best_window_s_characters_are_those_of_the_node_s_text(
         **options,
     )
     contents = [node.get_content(mode) for node in given]
-    expected = Reranker(bert_reranker_folder, **options).rank_spans(QUERY, contents)
+    expected = Reranker(bert_reranker_folder, **options).rank(QUERY, contents)
     result = await call(model, "postprocess_nodes", given, query_str=QUERY)
     assert [int(node.node_id) for node in result] == [found.index for found in expected]
     for node, found in zip(result, expected, strict=True):

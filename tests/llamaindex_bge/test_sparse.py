@@ -150,7 +150,7 @@ def test_one_model_is_loaded(m3_folder: Path):
     sparse.get_query_embedding("a")
     reranker.postprocess_nodes([NodeWithScore(node=TextNode(text="a"))], query_str="b")
     cores: list[Any] = [dense._core, sparse._core, reranker._core]
-    assert cores[0]._engine is cores[1]._engine is cores[2]._embedder._engine
+    assert cores[0]._model._engine is cores[1]._model._engine is cores[2]._embedder._model._engine
 
 
 def test_configuration_travels(m3_folder: Path):

@@ -223,7 +223,7 @@ async def test_the_loop_goes_on_while_much_is_encoded_or_scored(
 def test_queries_do_not_wait_for_documents_that_are_tokenised(en_folder: Path):
     """The tokenizer's own pool takes one list after another."""
     with Embedder(en_folder, max_length=8) as embedder:
-        tokenizer = embedder._loaded().tokenizer
+        tokenizer = embedder.local.loaded().tokenizer
         documents = [f"{n} {'panda cat ' * 4000}" for n in range(80)]
         took = [0.0]
 
@@ -416,7 +416,7 @@ async def test_out_of_memory_loses_no_work_that_was_done(call, fault, en_folder:
     texts = [f"{n} {'panda ' * (n % 50)}" for n in range(700)]
     with Embedder(en_folder, batch_tokens=2048) as embedder:
         expected = embedder.embed_documents(texts)
-        sequences, _ = embedder._loaded().tokenizer.encode(texts, max_length=512)
+        sequences, _ = embedder.local.loaded().tokenizer.encode(texts, max_length=512)
         short = fault(torch.OutOfMemoryError("CUDA out of memory"), most=300)
         vectors = await call(embedder, "embed_documents", texts)
         assert sum(short.computed) == sum(map(len, sequences)), "each token once"

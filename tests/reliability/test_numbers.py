@@ -114,7 +114,7 @@ async def test_half_precision_that_overflows_is_refused(m3_folder, tmp_path, cal
         assert np.isfinite(await call(whole, "embed_documents", TEXTS)).all()
         # A CPU computes float16 as float32 here, so this is what a GPU would have.
         runner: Any
-        (runner,) = whole._loaded().runners["background"]
+        (runner,) = whole.local.loaded().runners["background"]
         runner._encoder = load_bert(
             whole.checkpoint, kind="embedder", dtype=torch.float16, device=torch.device("cpu")
         )

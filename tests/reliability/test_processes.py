@@ -132,7 +132,7 @@ def test_an_unreferenced_model_with_work_in_flight_is_collected_and_the_process_
             await embedder.aembed_queries(["warm"])
             task = asyncio.create_task(embedder.aembed_documents([f"{n}" for n in range(50_000)]))
             await asyncio.sleep(0.1)
-            return weakref.ref(embedder._loaded())
+            return weakref.ref(embedder.local.loaded())
 
         engine = asyncio.run(main())
         for _ in range(100):
@@ -204,7 +204,7 @@ def test_workers_forked_from_a_process_with_a_model_compute(
         reranker = Reranker(OTHER)
         # Long enough for torch to use its threads.
         long = ["panda " * 800, "cat " * 500]
-        embedder._loaded(), reranker._loaded()
+        embedder.local.loaded(), reranker.local.loaded()
         if STAGE != "loaded":
             embedder.embed_documents(long)
             embedder.embed_queries(["q"])

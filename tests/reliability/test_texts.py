@@ -83,8 +83,8 @@ def test_a_reranker_takes_any_strings(reranker: Reranker, query: str, texts: lis
             reranker.rank(query, texts)
         return
     ranked = reranker.rank(query, texts)
-    assert sorted(place for place, _ in ranked) == list(range(len(texts)))
-    scores = [score for _, score in ranked]
+    assert sorted(found.index for found in ranked) == list(range(len(texts)))
+    scores = [found.score for found in ranked]
     assert all(0 <= score <= 1 for score in scores)
     assert scores == sorted(scores, reverse=True)
 
@@ -177,7 +177,7 @@ async def test_what_is_no_list_is_named_before_any_model_work(
         ):
             with pytest.raises(InputTypeError, match=named):
                 await call(model, method, *arguments)
-            assert model._engine is None, "nothing was loaded for it"
+            assert not model._model.ready, "nothing was loaded for it"
 
 
 @pytest.mark.parametrize("wrong", NO_TEXTS, ids=lambda value: type(value).__name__)
@@ -200,7 +200,7 @@ async def test_an_item_that_is_no_str_is_named_with_its_place(
         ):
             with pytest.raises(InputTypeError, match=named):
                 await call(model, method, *arguments)
-            assert model._engine is None, "nothing was loaded for it"
+            assert not model._model.ready, "nothing was loaded for it"
 
 
 def as_objects(texts: list[str]) -> Any:

@@ -107,4 +107,4 @@ def test_auto_shares_the_model_of_torch_where_it_means_torch(reranker_folder, mo
         Reranker(reranker_folder, backend="auto") as auto,
         Reranker(reranker_folder, backend="torch") as torch,
     ):
-        assert auto._loaded() is torch._loaded()
+        assert auto.local.loaded() is torch.local.loaded()

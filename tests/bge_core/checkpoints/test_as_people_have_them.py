@@ -87,7 +87,7 @@ def test_a_fine_tune_is_not_asked_for_by_its_base_s_name(en_folder, copy_of):
     edit(folder / "config.json", _name_or_path="BAAI/bge-small-en-v1.5")
     served = RemoteEmbedder(folder, endpoint=NOWHERE)
     assert served.query_instruction == EN
-    assert served._served.served_name == "acme-search"
+    assert served._model.served_name == "acme-search"
 
 
 @pytest.mark.parametrize("make", [Embedder, Reranker])

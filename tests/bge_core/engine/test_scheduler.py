@@ -533,7 +533,7 @@ def test_the_interpreter_ends_with_work_in_flight(en_folder):
         from bge_core import Embedder
         embedder = Embedder(FOLDER, batch_tokens=64)
         embedder.embed_queries(["warm"])
-        engine = embedder._loaded()
+        engine = embedder.local.loaded()
         sequences, _ = engine.tokenizer.encode(["a text"] * 50_000, max_length=64)
         future = engine.submit(sequences, priority="background", budget=64)
         time.sleep(0.3)

@@ -99,8 +99,10 @@ def test_bge_m3_reranks_a_column_too(m3_folder, corpus):
     scorer = make_scorer(m3_folder, m3_weights={"dense": 0.4, "sparse": 0.2, "multi_vector": 0.4})
     row = Rerank(reranker=scorer)(pa.table({"query": corpus[:1], "passages": [corpus[1:6]]}))
     ranked = scorer.rank(corpus[0], corpus[1:6])
-    assert row["order"].to_pylist() == [[place for place, _ in ranked]]
-    np.testing.assert_allclose(row["scores"][0].as_py(), [score for _, score in ranked], atol=1e-6)
+    assert row["order"].to_pylist() == [[found.index for found in ranked]]
+    np.testing.assert_allclose(
+        row["scores"][0].as_py(), [found.score for found in ranked], atol=1e-6
+    )
 
 
 def test_a_table_without_rows_gets_its_columns(en_folder, bert_reranker_folder):

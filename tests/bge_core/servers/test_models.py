@@ -23,6 +23,7 @@ from bge_core import (
     ComputationError,
     EndpointError,
     InputTypeError,
+    Ranked,
     RemoteEmbedder,
     RemoteReranker,
     make_embedder,
@@ -105,12 +106,12 @@ async def test_documents_go_as_they_are_and_queries_with_the_instruction(
 )
 def test_instructions_are_those_of_the_published_model(server, model, options, query, document):
     embedder = RemoteEmbedder(model, endpoint=server.address, **options)
-    server.embed = lambda texts: np.ones((len(texts), embedder._served.width or 7))
+    server.embed = lambda texts: np.ones((len(texts), embedder._model.width or 7))
     embedder.embed_queries(["x"])
     embedder.embed_documents(["x"])
     assert [body["input"] for _, body in server.asked] == [[query], [document]]
     assert {body["model"] for _, body in server.asked} == {model}
-    assert embedder.dimension == (embedder._served.expected_width() or 7)
+    assert embedder.dimension == (super(type(embedder._model), embedder._model).dimension or 7)
 
 
 def test_a_folder_s_own_prompts_are_used(server, prompt_folder):
@@ -141,9 +142,9 @@ async def test_scores_are_those_of_plain_transformers(
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     ranked = await call(reranker, "rank", QUERY, PASSAGES)
-    assert [index for index, _ in ranked] == np.argsort(-expected, kind="stable").tolist()
-    assert {type(score) for _, score in ranked} == {float}
-    best = await call(reranker, "rank", QUERY, PASSAGES, top_n=2, score_threshold=ranked[1][1])
+    assert [found.index for found in ranked] == np.argsort(-expected, kind="stable").tolist()
+    assert {type(found.score) for found in ranked} == {float}
+    best = await call(reranker, "rank", QUERY, PASSAGES, top_n=2, score_threshold=ranked[1].score)
     assert best == ranked[:2]
     # One request in both words, one on the other scale, and from then on one word.
     other = {"tei": "documents", "infinity": "texts"}[dialect]
@@ -162,7 +163,7 @@ async def test_pairs_are_asked_a_query_at_a_time(call, server, reranker):
 def test_where_the_sigmoid_is_1_the_logit_still_ranks(server, reranker):
     server.logits = lambda pairs: [float(len(passage)) for _, passage in pairs]
     ranked = reranker.rank("q", ["x" * 40, "x" * 60, "x" * 50])
-    assert ranked == [(1, 1.0), (2, 1.0), (0, 1.0)]
+    assert ranked == [Ranked(1, 1.0), Ranked(2, 1.0), Ranked(0, 1.0)]
 
 
 async def test_0_1_and_n_items_take_the_same_path(call, server, embedder, reranker):
@@ -179,7 +180,7 @@ async def test_0_1_and_n_items_take_the_same_path(call, server, embedder, rerank
         assert (sum(sizes), max(sizes)) == (count, min(count, 32))
         server.logits = lambda pairs: [float(f"0{passage.strip('b')}") for _, passage in pairs]
         ranked = await call(reranker, "rank", "q", texts)
-        assert [index for index, _ in ranked] == list(range(count))[::-1]
+        assert [found.index for found in ranked] == list(range(count))[::-1]
 
 
 def test_a_batch_of_long_texts_stays_below_the_size_that_a_server_takes(server):
@@ -661,7 +662,7 @@ def test_a_fingerprint_says_what_is_known(en_folder, copy_of):
 async def test_a_server_s_own_name_is_sent_as_it_is(call, server, model, query):
     server.names = {model}
     embedder = RemoteEmbedder(model, endpoint=server.address)
-    server.embed = lambda texts: np.ones((len(texts), embedder._served.width or 7))
+    server.embed = lambda texts: np.ones((len(texts), embedder._model.width or 7))
     await call(embedder, "embed_queries", ["x"])
     assert server.asked[0][1]["input"] == [query]
     made = make_embedder(model, endpoint=server.address)
@@ -674,7 +675,7 @@ async def test_a_reranker_s_own_name_is_sent_as_it_is(call, server, model):
     server.names = {model}
     for make in (RemoteReranker, make_reranker, make_scorer):
         ranked = await call(make(model, endpoint=server.address), "rank", "q", ["p", "pp"])
-        assert [index for index, _ in ranked] == [1, 0]
+        assert [found.index for found in ranked] == [1, 0]
 
 
 @pytest.mark.parametrize("model", ["BAAI/bge-m3", "bge-m3"])

@@ -1,0 +1,191 @@
+"""The options that every model on this machine takes, each said once, and the signatures they make.
+
+A new option is a field of `ModelOptions`, its line in `ModelArguments`, and its use.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from bge_core import arguments
+from bge_core.checkpoints.source import Source
+from bge_core.devices import Placement
+
+if TYPE_CHECKING:
+    import torch
+
+    from bge_core.prompts import QueryExample
+
+__all__ = [
+    "EmbedderArguments",
+    "ModelArguments",
+    "ModelOptions",
+    "RerankerArguments",
+    "given_options",
+    "with_options_of",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class ModelArguments(TypedDict, total=False):
+    """`ModelOptions` as keywords, for signatures; all of them may be left out."""
+
+    device: str | torch.device | Sequence[str] | None
+    dtype: str | torch.dtype
+    use_fp16: bool | None
+    max_length: int | None
+    batch_tokens: int | None
+    on_truncation: str
+    backend: str
+    cache_folder: str | os.PathLike[str] | None
+    revision: str | None
+    local_files_only: bool
+    trust_remote_code: bool
+    token: str | None
+
+
+class EmbedderArguments(ModelArguments, total=False):
+    """The keywords of `Embedder`."""
+
+    query_instruction: str | None
+    task_description: str | None
+    examples: Iterable[QueryExample | Mapping[str, str]] | None
+    task: str | None
+    pooling: str | None
+    normalize: bool
+    long_passages: str
+
+
+class RerankerArguments(ModelArguments, total=False):
+    """The keywords of `Reranker`."""
+
+    normalize: bool
+    long_passages: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Where a model comes from, where it runs, and how much it reads.
+
+    Checked when it is made, without torch; nothing is looked up or loaded.
+
+    Attributes:
+        model: A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder.
+        device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
+        dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
+            `"float16"` or `"bfloat16"`. What comes out is float32 always.
+        use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
+        max_length: Tokens that are read of a text or pair, special ones included; None for the
+            checkpoint's own limit.
+        batch_tokens: Tokens computed in one pass; None for the device's default.
+        on_truncation: What happens when a text is longer: `"warn"` logs one line a call,
+            `"error"` refuses, `"ignore"` is silent.
+        backend: What executes the model: `"torch"`; `"openvino"`, on a CPU, with the extra
+            `[openvino]`; or `"auto"`: OpenVINO for an embedder's queries where it is installed
+            and runs the model, torch for the rest. Checked where the model is made.
+        cache_folder: The hub's cache; None for the usual one.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never go to the network.
+        trust_remote_code: Run Python code that the checkpoint carries; off for good reason.
+        token: A hub token for private models, kept out of every message.
+        source: The model's name and how it is fetched, as checked.
+        placement: The devices and the dtype, as checked.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        CheckpointError: The model is no folder and can't be a hub id.
+        InputTypeError: A value of the wrong type.
+    """
+
+    model: str | os.PathLike[str]
+    device: str | torch.device | Sequence[str] | None = None
+    dtype: str | torch.dtype = "auto"
+    use_fp16: bool | None = None
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    on_truncation: str = "warn"
+    backend: str = "torch"
+    cache_folder: str | os.PathLike[str] | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    token: str | None = field(default=None, repr=False)
+    source: Source = field(init=False, repr=False)
+    placement: Placement = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check every value, and give each the form that the rest of the code takes."""
+        source = Source.of(
+            self.model,
+            revision=self.revision,
+            cache_folder=self.cache_folder,
+            local_files_only=self.local_files_only,
+            trust_remote_code=self.trust_remote_code,
+            token=self.token,
+        )
+        placement = Placement.of(device=self.device, dtype=self.dtype, use_fp16=self.use_fp16)
+        checked = {
+            "source": source,
+            "placement": placement,
+            # A torch.dtype or torch.device is its name from here on.
+            "device": placement.devices,
+            "dtype": placement.dtype,
+            "model": source.model,
+            "token": source.token,
+            "max_length": _tokens("max_length", self.max_length),
+            "batch_tokens": _tokens("batch_tokens", self.batch_tokens),
+            "on_truncation": arguments.one_of(
+                "on_truncation", self.on_truncation, arguments.ON_TRUNCATION
+            ),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def given_options(options: Mapping[str, object], *, of: Callable[..., object]) -> list[str]:
+    """Return the names of the options that are not at their defaults, sorted.
+
+    Args:
+        options: Keywords that somebody gave.
+        of: The class whose keywords they are; a name that it lacks counts as given.
+    """
+    known = inspect.signature(of).parameters
+    return sorted(
+        name for name, value in options.items() if name not in known or value != known[name].default
+    )
+
+
+def with_options_of(source: Callable[..., object]) -> Callable[[Function], Function]:
+    """Spell the `**options` of a signature out for `help()`, by another's keyword-only arguments.
+
+    Type checkers and editors read the same names from `Unpack[...]`.
+
+    Args:
+        source: A class or function whose keyword-only arguments they are.
+    """
+
+    def spell_out(function: Function) -> Function:
+        signature = inspect.signature(function)
+        kept = {
+            name: parameter
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        for name, parameter in inspect.signature(source).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                kept.setdefault(name, parameter)
+        function.__signature__ = signature.replace(parameters=list(kept.values()))  # type: ignore[attr-defined]
+        return function
+
+    return spell_out
+
+
+def _tokens(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    return arguments.whole_number(name, value, unit=" of tokens", instead=" or None")
