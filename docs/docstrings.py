@@ -1,7 +1,8 @@
-"""Show the examples of docstrings as code: an extension of griffe, which reads the source."""
+"""Show docstrings and signatures as they are meant: extensions of griffe, the site's reader."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -21,3 +22,27 @@ class Examples(griffe.Extension):
             obj.docstring.value = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
             )
+
+
+class Options(griffe.UnpackTypedDictExtension):
+    """Spell `**options: Unpack[...]` out in signatures, where the names are this package's."""
+
+    def on_function(self, **event: Any) -> None:
+        """Spell a function's options out.
+
+        Args:
+            **event: The function, and what else griffe says of it.
+        """
+        with contextlib.suppress(
+            KeyError
+        ):  # another library's, which is not installed
+            super().on_function(**event)
+
+    def on_class(self, **event: Any) -> None:
+        """Spell a constructor's options out.
+
+        Args:
+            **event: The class, and what else griffe says of it.
+        """
+        with contextlib.suppress(KeyError):
+            super().on_class(**event)
