@@ -160,7 +160,9 @@ def locate(source: Source, *, weights: bool = True) -> Path:
             # Older checkpoints, bge-m3 among them, have no safetensors.
             folder = _fetch(source, (*_WANTED, "*pytorch_model*.bin"))
     except Exception as exc:  # its two majors raise two HTTP clients' errors, and any of Python's
-        raise _not_found_error(source, exc) from exc
+        # A hundred lines of the hub's client would stand in front of the sentence.
+        logger.debug("Looking for %r failed.", source.model, exc_info=exc)
+        raise _not_found_error(source, exc) from None
     return folder
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import pickle
 import pydoc
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pydantic import SecretStr
 
 import langchain_bge
 import llamaindex_bge
-from bge_core import ArgumentError, BGEError
+from bge_core import ArgumentError, BGEError, CheckpointError
 
 ADAPTERS = {
     "BGECrossEncoder": (langchain_bge.BGECrossEncoder, "reranker_folder"),
@@ -103,6 +105,22 @@ def test_a_refusal_is_the_sentence_alone(kind: Any, folder: Path):
             kind(model=folder, **wrong)
         assert "\n" not in str(caught.value)
         assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_a_missing_model_is_the_sentence_alone(kind: Any, caplog: Any):
+    adapter = kind(model="acme/nowhere")
+    caplog.set_level(logging.DEBUG, logger="bge_core")
+    with pytest.raises(CheckpointError, match="can't be found") as caught:
+        _ = adapter.fingerprint
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    told = "".join(traceback.format_exception(caught.value))
+    assert "huggingface_hub" not in told
+    assert told.count("Traceback") == 1
+    # What the hub's client said is for whoever looks further.
+    (record,) = [item for item in caplog.records if item.name == "bge_core.checkpoints.source"]
+    assert record.levelno == logging.DEBUG
+    assert record.exc_info
 
 
 # Equality
