@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from bge_core.errors import ArgumentError, TruncationError
 
 if TYPE_CHECKING:
     import tokenizers
+    from numpy.typing import NDArray
 
     from bge_core.checkpoints.catalog import Output, PairPrompt
 
@@ -49,6 +52,8 @@ class TokenSequence:
             there; False for what nobody else asks for, such as a part of a text.
         prompt_length: Tokens at the beginning, the first special ones and a prompt's, that the
             pooling of some checkpoints leaves out; 0 for none.
+        id_array: `ids` as an array, [tokens] int32: made where texts are tokenised, so that no
+            device waits for it.
     """
 
     ids: list[int]
@@ -56,6 +61,11 @@ class TokenSequence:
     requested_outputs: frozenset[Output] | None = None
     shares_outputs: bool = True
     prompt_length: int = 0
+    id_array: NDArray[np.int32] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Make the array."""
+        object.__setattr__(self, "id_array", np.array(self.ids, dtype=np.int32))
 
     def __len__(self) -> int:
         """Count the tokens, special ones included."""

@@ -78,7 +78,7 @@ def padded_inputs(
     ids = np.full(shape, pad, dtype=np.int64)
     mask, second = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence.ids
+        ids[row, : len(sequence)] = sequence.id_array
         mask[row, : len(sequence)] = 1
         second[row, sequence.second : len(sequence)] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -102,8 +102,8 @@ def _mean(hidden: Tensor, pack: Pack) -> Tensor:
     # In float32: a half-precision sum over hundreds of tokens loses digits.
     return torch.cat(
         [
-            hidden[run.start : run.end].float().view(run.count, run.length, -1).mean(1)
-            for run in pack.runs
+            hidden[group.start : group.end].float().view(group.count, group.length, -1).mean(1)
+            for group in pack.length_groups
         ]
     )
 

@@ -56,13 +56,13 @@ class _Layer(torch.nn.Module):
         self._heads = (shape.num_attention_heads, width // shape.num_attention_heads)
         self.query = torch.nn.Linear(width, width)
         self.key_value = torch.nn.Linear(width, 2 * width)
-        self.attended = torch.nn.Linear(width, width)
-        self.attended_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
-        self.up = torch.nn.Sequential(
+        self.attention_output = torch.nn.Linear(width, width)
+        self.attention_output_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
+        self.intermediate = torch.nn.Sequential(
             torch.nn.Linear(width, shape.intermediate_size), torch.nn.GELU()
         )
-        self.down = torch.nn.Linear(shape.intermediate_size, width)
-        self.down_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
+        self.output = torch.nn.Linear(shape.intermediate_size, width)
+        self.output_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
 
     def forward(self, hidden: Tensor, pack: Pack) -> Tensor:
         """Compute every row, [rows, hidden] -> [rows, hidden]."""
@@ -85,8 +85,8 @@ class _Layer(torch.nn.Module):
         return keys, values
 
     def _after(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        rows = self.attended_norm(self.attended(attended.flatten(1)) + hidden)
-        out: Tensor = self.down_norm(self.down(self.up(rows)) + rows)
+        rows = self.attention_output_norm(self.attention_output(attended.flatten(1)) + hidden)
+        out: Tensor = self.output_norm(self.output(self.intermediate(rows)) + rows)
         return out
 
 
@@ -104,9 +104,9 @@ class Bert(torch.nn.Module):
         super().__init__()
         self.shape = shape
         width = shape.hidden_size
-        self.words = _table(shape.vocab_size, width)
-        self.positions = _table(shape.max_position_embeddings, width)
-        self.types = _table(shape.type_vocab_size, width)
+        self.word_embeddings = _table(shape.vocab_size, width)
+        self.position_embeddings = _table(shape.max_position_embeddings, width)
+        self.token_type_embeddings = _table(shape.type_vocab_size, width)
         self.norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
         self.layers = torch.nn.ModuleList(_Layer(shape) for _ in range(shape.num_hidden_layers))
         # The pooler and classifier of BERT and the classifier of RoBERTa are one computation.
@@ -136,8 +136,10 @@ class Bert(torch.nn.Module):
 
     def _embedded(self, pack: Pack) -> Tensor:
         inputs = {name: tensor[0] for name, tensor in pack.inputs().items()}
-        hidden = self.words(inputs["input_ids"]) + self.types(inputs["token_type_ids"])
-        embedded: Tensor = self.norm(hidden + self.positions(inputs["position_ids"]))
+        words = self.word_embeddings(inputs["input_ids"])
+        types = self.token_type_embeddings(inputs["token_type_ids"])
+        positions = self.position_embeddings(inputs["position_ids"])
+        embedded: Tensor = self.norm(words + types + positions)
         return embedded
 
 
@@ -235,8 +237,7 @@ def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[
         prefix for prefix in ("", "bert.", "roberta.") if f"{prefix}{_WORDS}.weight" in weights
     )
     renamed = {
-        f"{ours}.weight": weights[f"{prefix}embeddings.{theirs}.weight"]
-        for ours, theirs in _EMBEDDINGS.items()
+        f"{name}.weight": weights[f"{prefix}embeddings.{name}.weight"] for name in _EMBEDDINGS
     }
     modules: dict[str, tuple[str, ...]] = {"norm": (f"{prefix}embeddings.LayerNorm",)}
     for index in range(layers):
@@ -255,17 +256,13 @@ def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[
 
 
 _WORDS = "embeddings.word_embeddings"
-_EMBEDDINGS = {
-    "words": "word_embeddings",
-    "positions": "position_embeddings",
-    "types": "token_type_embeddings",
-}
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _LAYER = {
     "query": ("attention.self.query",),
     "key_value": ("attention.self.key", "attention.self.value"),
-    "attended": ("attention.output.dense",),
-    "attended_norm": ("attention.output.LayerNorm",),
-    "up.0": ("intermediate.dense",),
-    "down": ("output.dense",),
-    "down_norm": ("output.LayerNorm",),
+    "attention_output": ("attention.output.dense",),
+    "attention_output_norm": ("attention.output.LayerNorm",),
+    "intermediate.0": ("intermediate.dense",),
+    "output": ("output.dense",),
+    "output_norm": ("output.LayerNorm",),
 }

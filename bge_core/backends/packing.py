@@ -1,21 +1,23 @@
 """Packs: sequences laid end to end under a token budget, and the attention that keeps them apart.
 
-Every linear layer of the encoder then runs on real tokens only, or next to it (`few_sizes`).
+Every linear layer of the encoder then runs on real tokens only, or next to it (`bucketed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from inspect import signature
-from itertools import accumulate, chain, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from bge_core.tokenizer import TokenSequence
@@ -31,7 +33,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LengthGroup:
     """Neighbouring sequences of equal length.
 
     Attributes:
@@ -54,12 +56,14 @@ class Run:
 class Pack:
     """Sequences laid end to end.
 
+    Its tensors are made by numpy, a few nanoseconds a token: a device waits meanwhile.
+
     Attributes:
         sequences: The sequences, equal lengths side by side.
         device: Where its tensors are made.
         position_offset: Where positions are counted from in the families of RoBERTa: the
             padding token's id. None where they start at 0.
-        few_sizes: Have the tensors end in some padding, so that they come in few sizes.
+        bucketed: Have the tensors end in some padding, so that they come in few sizes.
     """
 
     sequences: Sequence[TokenSequence]
@@ -73,61 +77,84 @@ class Pack:
         return [len(sequence) for sequence in self.sequences]
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def length_groups(self) -> list[LengthGroup]:
         """Neighbouring sequences of equal length, in order."""
-        runs, start = [], 0
+        groups, start = [], 0
         for length, group in groupby(self.lengths):
-            run = Run(start, sum(1 for _ in group), length)
-            runs.append(run)
-            start = run.end
-        return runs
+            groups.append(LengthGroup(start, sum(1 for _ in group), length))
+            start = groups[-1].end
+        return groups
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        """0 and the row after each sequence, [n + 1]."""
+        bounds = np.zeros(len(self.sequences) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=bounds[1:])
+        return bounds
 
     def inputs(self) -> dict[str, Tensor]:
         """Make the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
-        pad = self.position_offset or 0
-        ids = list(chain.from_iterable(sequence.ids for sequence in self.sequences))
-        types = chain.from_iterable(
-            chain(bytes(sequence.second), b"\1" * (len(sequence) - sequence.second))
-            for sequence in self.sequences
-        )
-        positions = chain.from_iterable(self._positions(sequence) for sequence in self.sequences)
+        tokens = int(self._bounds[-1])
+        rows = self._padded_size(tokens)
+        # Rows of one array, which goes to the device in one copy.
+        values = np.zeros((3, rows), dtype=np.int64)
+        ids, positions, types = values[:, :tokens]
+        np.concatenate([sequence.id_array for sequence in self.sequences], out=ids)
+        starts = np.repeat(self._bounds[:-1], self.lengths)
+        np.subtract(np.arange(tokens), starts, out=positions)
+        seconds = [sequence.second for sequence in self.sequences]
+        if seconds != self.lengths:
+            np.greater_equal(positions, np.repeat(seconds, self.lengths), out=types)
+        if (pad := self.position_offset) is not None:
+            values[:2, tokens:] = pad
+            self._offset(ids, positions, starts, pad)
+        tensor = self._tensor(values)
         return {
-            "input_ids": self._rows(ids, pad)[None],
-            "position_ids": self._rows(list(positions), pad)[None],
-            "token_type_ids": self._rows(list(types))[None],
+            "input_ids": tensor[0:1],
+            "position_ids": tensor[1:2],
+            "token_type_ids": tensor[2:3],
         }
 
-    def _positions(self, sequence: TokenSequence) -> Iterable[int]:
-        pad = self.position_offset
-        if pad is None:
-            return range(len(sequence))
-        if pad not in sequence.ids:
-            return range(pad + 1, pad + 1 + len(sequence))
+    @staticmethod
+    def _offset(
+        ids: NDArray[np.int64], positions: NDArray[np.int64], starts: NDArray[np.int64], pad: int
+    ) -> None:
+        """Count positions from the padding token's id."""
+        real = ids != pad
+        if real.all():
+            positions += pad + 1
+            return
         # A text that spells the padding token out: it is not counted, as in the models' own code.
-        counted = accumulate(int(token != pad) for token in sequence.ids)
-        return (
-            pad + count * (token != pad) for token, count in zip(sequence.ids, counted, strict=True)
-        )
+        counted = np.cumsum(real)
+        before = counted[starts] - real[starts]
+        np.multiply(counted - before, real, out=positions)
+        positions += pad
 
     def first_token_indices(self) -> Tensor:
         """Give the row of each sequence's first token, [n] int64, or more of few sizes."""
-        return self._rows([0, *accumulate(self.lengths)][:-1])
+        count = len(self.sequences)
+        rows = np.zeros(self._padded_size(count), dtype=np.int64)
+        rows[:count] = self._bounds[:-1]
+        return self._tensor(rows)
 
     def last_token_indices(self) -> Tensor:
         """Give the row of each sequence's last token, [n] int64."""
-        return self._tensor([end - 1 for end in accumulate(self.lengths)])
+        return self._tensor(self._bounds[1:] - 1)
 
     @cached_property
-    def ends(self) -> Tensor:
+    def cu_seqlens(self) -> Tensor:
         """Give 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
-        return self._tensor([0, *accumulate(self.lengths)]).int()
+        return self._tensor(self._bounds.astype(np.int32))
 
-    def _rows(self, values: list[int], more: int = 0) -> Tensor:
-        count = round_up_to_bucket(len(values)) - len(values) if self.bucketed else 0
-        return self._tensor(values + [more] * count)
+    def _padded_size(self, rows: int) -> int:
+        return round_up_to_bucket(rows) if self.bucketed else rows
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            # From pinned memory, the copy doesn't wait for what the device computes.
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
 
 @dataclass(slots=True)
@@ -220,8 +247,8 @@ def attend(
             queries,
             keys,
             values,
-            pack.ends,
-            pack.ends,
+            pack.cu_seqlens,
+            pack.cu_seqlens,
             longest,
             longest,
             scale=scaling,
@@ -232,12 +259,12 @@ def attend(
         )
         return attended
     parts = []
-    for run in pack.runs:
-        mask = _window(run.length, sliding_window, causal=causal, device=queries.device)
+    for group in pack.length_groups:
+        mask = _window(group.length, sliding_window, causal=causal, device=queries.device)
         part = scaled_dot_product_attention(
-            _split(queries, run),
-            _split(keys, run),
-            _split(values, run),
+            _split(queries, group),
+            _split(keys, group),
+            _split(values, group),
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=scaling,
@@ -260,11 +287,11 @@ def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> T
         [rows, heads, head_dim]; zero where there is no sequence.
     """
     parts, done = [], 0
-    for run in pack.runs:
-        own = queries[done : done + run.count, :, None]
-        part = scaled_dot_product_attention(own, _split(keys, run), _split(values, run))
+    for group in pack.length_groups:
+        own = queries[done : done + group.count, :, None]
+        part = scaled_dot_product_attention(own, _split(keys, group), _split(values, group))
         parts.append(part[:, :, 0])
-        done += run.count
+        done += group.count
     return _joined(parts, queries)
 
 
@@ -294,16 +321,16 @@ def _varlen_attention() -> Any:
     # Imported where it is used: it brings torch's compiler along.
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # an older torch: one call a run on every device
+    except ImportError:  # an older torch: one call a group on every device
         return None
     # Before torch 2.12 it has not all of the keywords that are needed.
     return varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
 
 
-def _split(rows: Tensor, run: Run) -> Tensor:
-    """View a run's rows [tokens, heads, head_dim] as [count, heads, length, head_dim]."""
-    own = rows[run.start : run.end]
-    return own.view(run.count, run.length, *rows.shape[1:]).transpose(1, 2)
+def _split(rows: Tensor, group: LengthGroup) -> Tensor:
+    """View a group's rows [tokens, heads, head_dim] as [count, heads, length, head_dim]."""
+    own = rows[group.start : group.end]
+    return own.view(group.count, group.length, *rows.shape[1:]).transpose(1, 2)
 
 
 def _window(

@@ -51,6 +51,8 @@ _MOST_GOOD_PACKS = 1024
 # A limit falls to no less; a pack that has less and doesn't fit is cut all the same.
 _LEAST_TOKENS = 64
 _UNLIMITED = 1 << 60
+# A pack takes no further caller from here on: filling it holds the lock that `submit` takes.
+_MOST_SEQUENCES = 8192
 
 
 class _Job:
@@ -278,7 +280,7 @@ class _Workers:
         padded, default_budget = runner.padded, runner.default_budget
         pack: list[_Entry] = []
         size = BatchSize()
-        while waiting:
+        while waiting and size.count < _MOST_SEQUENCES:
             caller, jobs = waiting.popitem(last=False)
             taken = len(pack)
             while jobs:

@@ -12,6 +12,8 @@ import transformers
 from packaging.version import Version
 
 from bge_core import ArgumentError, CheckpointError, Embedder, Reranker
+from bge_core.backends import stock
+from bge_core.backends.packing import Pack
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.select import load_runner
 from bge_core.checkpoints.metadata import read
@@ -79,6 +81,62 @@ def test_a_pack_gives_the_rows_of_each_text_alone(family, pooling, tmp_path, cap
         rows = {"cls": hidden[0], "mean": hidden.mean(0), "last": hidden[-1]}
         expected.append(rows[pooling].numpy())
     np.testing.assert_allclose(runner.run(texts), np.stack(expected), atol=1e-5)
+
+
+def rounded_attend(queries, keys, values, pack, *, causal=False, scaling=None, **_):
+    """Give what packing's attention does, rounded at other places: after each product."""
+    grouped = queries.shape[1] // keys.shape[1]
+    keys, values = (rows.repeat_interleave(grouped, dim=1) for rows in (keys, values))
+    parts = []
+    texts = (rows.split(pack.lengths) for rows in (queries, keys, values))
+    for query, key, value in zip(*texts, strict=True):
+        scores = torch.einsum("qhd,khd->hqk", query, key) * (scaling or query.shape[-1] ** -0.5)
+        if causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, value))
+    return torch.cat(parts)
+
+
+def leaking_attend(queries, keys, values, pack, **options):
+    """Let the texts of a pack see each other."""
+    one = TokenSequence([5] * sum(pack.lengths), sum(pack.lengths))
+    return rounded_attend(queries, keys, values, Pack([one], pack.device), **options)
+
+
+def half_precision_runner(family, tmp_path, dtype):
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Hidden states of some size, as those of trained decoders.
+            if name.endswith(("layernorm.weight", "model.norm.weight")) or name == "norm.weight":
+                weight.mul_(4)
+            elif weight.dim() == 2:
+                weight.mul_(5)
+    model.save_pretrained(tmp_path)
+    options = RunnerOptions(kind="embedder", pooling="last", dtype=dtype)
+    return load_runner(read(Source.of(tmp_path), tmp_path), options, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_another_rounding_in_half_precision_is_no_reason_to_pad(
+    family, dtype, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(stock, "attend", rounded_attend)
+    assert not half_precision_runner(family, tmp_path, dtype).padded
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3"])
+def test_attention_across_texts_is_found_and_said(family, dtype, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stock, "attend", leaking_attend)
+    assert half_precision_runner(family, tmp_path, dtype).padded
+    assert "runs on padded batches" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["en_folder", "m3_folder", "unknown_folder"])
