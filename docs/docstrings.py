@@ -33,9 +33,7 @@ class Options(griffe.UnpackTypedDictExtension):
         Args:
             **event: The function, and what else griffe says of it.
         """
-        with contextlib.suppress(
-            KeyError
-        ):  # another library's, which is not installed
+        with contextlib.suppress(KeyError):  # another library's, which is not installed
             super().on_function(**event)
 
     def on_class(self, **event: Any) -> None:
