@@ -12,6 +12,7 @@ import logging
 import os
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -21,6 +22,7 @@ from typing import (
     Literal,
     Self,
     Union,
+    cast,
     get_args,
     get_origin,
 )
@@ -38,15 +40,17 @@ from pydantic.fields import FieldInfo
 
 from bge_core.backends.table import BackendName
 from bge_core.checkpoints.catalog import register, registered_profiles
+from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, InputTypeError
 from bge_core.lifecycle import ContextManaged
-from bge_core.m3 import M3Weights
+from bge_core.m3 import M3Embedder, M3Reranker, M3Weights
 from bge_core.prompts import QueryExample
 
 __all__ = [
     "Examples",
     "LocalModelFields",
     "ModelName",
+    "ResolvedSettings",
     "ServedModelFields",
     "Weights",
     "earlier_score_key",
@@ -81,6 +85,9 @@ def _path(value: object) -> object:
 # What type checkers let through is what the constructor takes; what a field then holds is narrower.
 if TYPE_CHECKING:
     import torch
+
+    from bge_core.engine.model import HasModel
+    from bge_core.reranker import Scorer
 
     Device = str | torch.device | list[str]
     DType = str | torch.dtype
@@ -224,6 +231,17 @@ class LocalModelFields(BaseModel, ContextManaged):
         """
         return str(self._core.fingerprint)
 
+    @property
+    def resolved(self) -> ResolvedSettings:
+        """What is in effect, where a field says None or `"auto"`.
+
+        Of a hub id that has to be looked at first, it is downloaded.
+
+        Raises:
+            CheckpointError: The model can't be found.
+        """
+        return resolved_settings(self._core)
+
     def close(self) -> None:
         """Let go of the model; the weights are freed when nobody else holds them."""
         self._core.close()
@@ -345,6 +363,60 @@ class ServedModelFields(LocalModelFields):
 
     def _options(self) -> dict[str, Any]:
         return {name: _revealed(getattr(self, name)) for name in ServedModelFields.model_fields}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedSettings:
+    """What a model does, as `adapter.resolved` gives it.
+
+    Attributes:
+        query_instruction: What is put in front of queries, of a decoder its task; `""` for
+            nothing, None for a reranker.
+        document_instruction: What is put in front of documents; `""` for nothing, None for a
+            reranker.
+        max_length: Tokens that are read; None where a server doesn't say.
+        device: The devices that compute; none for a server's.
+        dtype: The number format; `"unknown"` of a server.
+        pooling: Which rows make the vector; None for a reranker, and where a server decides.
+        dimension: Length of a dense vector; None for a reranker.
+        backend: `"torch"`, `"openvino"`, or `"auto"` for whichever is installed; `"server"`.
+    """
+
+    query_instruction: str | None
+    document_instruction: str | None
+    max_length: int | None
+    device: tuple[str, ...]
+    dtype: str
+    pooling: str | None
+    dimension: int | None
+    backend: str
+
+
+def resolved_settings(core: Embedder | M3Embedder | Scorer) -> ResolvedSettings:
+    """Ask a model what is in effect."""
+    query = document = pooling = dimension = None
+    owner = cast("HasModel", core._embedder if isinstance(core, M3Reranker) else core)
+    local = owner.local if owner.is_local else None
+    if isinstance(core, (Embedder, M3Embedder)):
+        query = document = ""
+        dimension, pooling = core.dimension, local.pooling if local else None
+    if isinstance(core, Embedder):
+        template = core._template
+        query, document = template.instruction or "", template.document_prefix
+    try:
+        max_length = owner.max_length
+    except ArgumentError:
+        max_length = None  # a server's, of a model without a row
+    return ResolvedSettings(
+        query_instruction=query,
+        document_instruction=document,
+        max_length=max_length,
+        device=tuple(local.placed()[0]) if local else (),
+        dtype=owner.dtype,
+        pooling=pooling,
+        dimension=dimension,
+        backend=local.backend if local else "server",
+    )
 
 
 def with_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
@@ -41,6 +42,7 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
     """`device`, `max_length` and the like, as `HuggingFaceCrossEncoder` takes them; they become
     the arguments of the same meaning."""
 
+    _factory: ClassVar[Callable[..., Scorer]] = staticmethod(make_reranker)
     if TYPE_CHECKING:
         _core: Scorer = PrivateAttr()
 
@@ -65,4 +67,4 @@ class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
         return fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=keys)
 
     def _make_core(self) -> Scorer:
-        return make_reranker(self.model, normalize=self.normalize, **self._options())
+        return self._factory(self.model, normalize=self.normalize, **self._options())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.embeddings import Embeddings
@@ -92,6 +92,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     since batches are sized in tokens (`batch_tokens`)."""
 
     _renamed_arguments: ClassVar[Mapping[str, str]] = _RENAMED
+    _factory: ClassVar[Callable[..., Embedder]] = staticmethod(make_embedder)
     if TYPE_CHECKING:
         _core: Embedder = PrivateAttr()
 
@@ -154,7 +155,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
                 "one. Leave it out; query_instruction='...' is the queries'."
             )
             raise ArgumentError(msg)
-        return make_embedder(
+        return self._factory(
             self.model,
             query_instruction=self.query_instruction,
             task_description=self.task_description,

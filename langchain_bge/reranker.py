@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
@@ -70,6 +70,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
     """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
     or a dict of these names; None for just these, and for a reranker."""
 
+    _factory: ClassVar[Callable[..., Scorer]] = staticmethod(make_reranker)
     if TYPE_CHECKING:
         _core: Scorer = PrivateAttr()
 
@@ -217,7 +218,7 @@ class BGEReranker(ServedModelFields, BaseDocumentCompressor):
         }
 
     def _make_core(self) -> Scorer:
-        core = make_reranker(
+        core = self._factory(
             self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
         )
         core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llama_index.core.base.embeddings.base import Embedding
 from pydantic import Field, PrivateAttr
@@ -74,6 +75,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
     embeddings_cache: Any | None = Field(default=None, exclude=True)
     """A key-value store for vectors, or None."""
 
+    _factory: ClassVar[Callable[..., Embedder]] = staticmethod(make_embedder)
     if TYPE_CHECKING:
         _core: Embedder = PrivateAttr()
 
@@ -121,7 +123,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
         return dict(zip(_RESOLVED_SETTINGS, (fingerprint, dtype), strict=True))
 
     def _make_core(self) -> Embedder:
-        return make_embedder(
+        return self._factory(
             self.model_name,
             query_instruction=self.query_instruction,
             task_description=self.task_description,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
@@ -87,6 +87,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
     metadata_mode: MetadataMode = MetadataMode.EMBED
     """Which metadata is scored with a node's text."""
 
+    _factory: ClassVar[Callable[..., Scorer]] = staticmethod(make_reranker)
     if TYPE_CHECKING:
         _core: Scorer = PrivateAttr()
 
@@ -96,7 +97,7 @@ class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
         return "BGEReranker"
 
     def _make_core(self) -> Scorer:
-        core = make_reranker(
+        core = self._factory(
             self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
         )
         core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)

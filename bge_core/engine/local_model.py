@@ -157,6 +157,11 @@ class LocalModel(Closeable):
         return self.checkpoint.pair_prompt
 
     @property
+    def backend(self) -> str:
+        """What executes it: `"torch"`, `"openvino"`, or `"auto"` for whichever is installed."""
+        return self._backend
+
+    @property
     def pooling(self) -> str | None:
         """Which rows make the vector."""
         return self._pooling or self.checkpoint.pooling

@@ -198,3 +198,56 @@ def test_dumps_hold_what_was_said(kind: Any, folder: Path):
     assert data["cache_folder"] == str(folder.parent)
     data.pop("class_name", None)
     assert kind(**data) == adapter
+
+
+# What is in effect
+
+
+EN = "Represent this sentence for searching relevant passages: "
+
+
+@pytest.mark.parametrize(
+    "kind", [langchain_bge.BGEEmbeddings, llamaindex_bge.BGEEmbedding], ids=["lc", "li"]
+)
+def test_resolved_is_what_is_in_effect(kind: Any, en_folder: Path, llm_embedder_folder: Path):
+    with kind(model=en_folder, device="cpu") as adapter:
+        assert (adapter.query_instruction, adapter.max_length) == (None, None)
+        found = adapter.resolved
+        assert (found.query_instruction, found.document_instruction) == (EN, "")
+        assert (found.max_length, found.dimension, found.pooling) == (512, 32, "cls")
+        assert (found.device, found.dtype, found.backend) == (("cpu",), "float32", "torch")
+    given = kind(
+        model=en_folder,
+        query_instruction="",
+        max_length=16,
+        pooling="mean",
+        dtype="bfloat16",
+        device=["cpu", "cpu"],
+    ).resolved
+    assert (given.query_instruction, given.max_length, given.pooling) == ("", 16, "mean")
+    assert (given.device, given.dtype) == (("cpu", "cpu"), "bfloat16")
+    task = kind(model=llm_embedder_folder, task="tool").resolved
+    assert task.query_instruction == (
+        "Transform this user request for fetching helpful tool descriptions: "
+    )
+    assert task.document_instruction == "Transform this tool description for retrieval: "
+
+
+def test_resolved_of_every_class(kind: Any, folder: Path):
+    found = kind(model=folder, device="cpu").resolved
+    most = 8192 if "m3" in folder.name else 512
+    assert (found.device, found.dtype, found.max_length) == (("cpu",), "float32", most)
+    if "Embedding" in kind.__name__:
+        assert found.query_instruction is not None
+        assert found.dimension == 32
+    else:
+        assert (found.query_instruction, found.dimension, found.pooling) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "kind", [langchain_bge.BGEEmbeddings, llamaindex_bge.BGEEmbedding], ids=["lc", "li"]
+)
+def test_resolved_of_a_server_asks_nobody(kind: Any):
+    found = kind(model="BAAI/bge-small-en-v1.5", endpoint="http://localhost:1").resolved
+    assert (found.query_instruction, found.dimension, found.max_length) == (EN, 384, 512)
+    assert (found.device, found.dtype, found.backend) == ((), "unknown", "server")
