@@ -39,22 +39,26 @@ class Work:
 
 
 @pytest.fixture(params=["sync", "inline", "threads"])
-def run(request):
-    async def do(steps):
-        if request.param == "sync":
-            return await asyncio.to_thread(drive, steps)
-        return await adrive(steps, inline=request.param == "inline")
+def way(request):
+    return request.param
 
-    do.kind = request.param
+
+@pytest.fixture
+def run(way):
+    async def do(steps):
+        if way == "sync":
+            return await asyncio.to_thread(drive, steps)
+        return await adrive(steps, inline=way == "inline")
+
     return do
 
 
-async def test_each_future_s_outcome_comes_back_and_the_last_word_is_given(run):
+async def test_each_future_s_outcome_comes_back_and_the_last_word_is_given(run, way):
     work = Work()
     assert await run(work.steps(5)) == 10
     assert await run(work.steps(0)) == 0
     here = threading.current_thread()
-    assert {thread is here for thread in work.threads} == {run.kind == "inline"}
+    assert {thread is here for thread in work.threads} == {way == "inline"}
 
 
 async def test_only_the_first_step_may_be_kept_off_the_loop():
@@ -73,7 +77,7 @@ async def test_the_steps_see_a_failure_and_may_say_another_one(run):
 
 
 async def test_a_future_that_somebody_else_cancels_is_a_failure_too(run):
-    future = Future()
+    future: Future[int] = Future()
     seen = []
 
     def steps():
@@ -91,7 +95,8 @@ async def test_a_future_that_somebody_else_cancels_is_a_failure_too(run):
 
 @pytest.mark.parametrize("inline", [True, False])
 async def test_who_leaves_while_a_future_is_pending_cancels_it_and_closes_the_steps(inline):
-    future, closed = Future(), threading.Event()
+    future: Future[int] = Future()
+    closed = threading.Event()
 
     def steps():
         try:
@@ -112,7 +117,7 @@ async def test_who_leaves_while_a_thread_is_in_a_step_has_them_closed_there():
     """A generator that runs can't be closed from outside."""
     entered, go, closed = threading.Event(), threading.Event(), threading.Event()
     where = []
-    future = Future()
+    future: Future[int] = Future()
 
     def steps():
         try:
@@ -152,7 +157,7 @@ async def test_who_leaves_before_the_first_step_began_has_nothing_done():
 def test_ctrl_c_in_the_waiting_thread_cancels_what_is_pending():
     closed = []
 
-    class Interrupted(Future):
+    class Interrupted(Future[int]):
         def result(self, timeout=None):
             raise KeyboardInterrupt
 
