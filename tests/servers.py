@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import json
 import socket
+import socketserver
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -221,3 +222,81 @@ def running(app: Server) -> Iterator[Server]:
         served.should_exit = served.force_exit = True
         thread.join(10)
         assert not thread.is_alive()
+
+
+class RawServer:
+    """A server on loopback that reads requests and answers with bytes as they are.
+
+    Attributes:
+        reply: The request's body -> the parts of the answer, as long as the client takes them; a
+            number is a pause in seconds.
+        keeps: Whether the connection stays open for a next request.
+        resets: Whether it ends with a reset.
+        asked: How many requests there were.
+    """
+
+    def __init__(self) -> None:
+        self.reply: Callable[[bytes], Iterable[bytes | float]] = lambda body: []
+        self.keeps = self.resets = False
+        self.asked = 0
+        self.address = ""
+
+    def serve(self, connection: socket.socket) -> None:
+        """Answer the requests of one connection."""
+        with contextlib.suppress(OSError), connection.makefile("rb") as incoming:
+            while incoming.readline():
+                length = 0
+                while (line := incoming.readline()) not in (b"\r\n", b""):
+                    name, _, value = line.partition(b":")
+                    if name.lower() == b"content-length":
+                        length = int(value)
+                body = incoming.read(length)
+                self.asked += 1
+                for part in self.reply(body):
+                    if isinstance(part, bytes):
+                        connection.sendall(part)
+                    else:
+                        time.sleep(part)
+                if self.resets:
+                    linger = (1).to_bytes(4, "little") + bytes(4)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                if not self.keeps or self.resets:
+                    return
+
+
+@contextlib.contextmanager
+def running_raw() -> Iterator[RawServer]:
+    """Serve bytes on loopback, each connection in a thread of its own."""
+    raw = RawServer()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            raw.serve(self.request)
+
+    class Listener(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+        request_queue_size = 128
+
+        def shutdown_request(self, request: Any) -> None:
+            request.close()  # a reset is to be one
+
+    with Listener(("127.0.0.1", 0), Handler) as listener:
+        thread = threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        raw.address = f"http://127.0.0.1:{listener.server_address[1]}"
+        try:
+            yield raw
+        finally:
+            listener.shutdown()
+            thread.join(10)
+
+
+def respond(
+    body: bytes, *, status: bytes = b"200 OK", headers: Sequence[bytes] = (), length: bool = True
+) -> bytes:
+    """Write an answer out, with headers as they are given."""
+    lines = [b"HTTP/1.1 " + status, b"Content-Type: application/json", *headers]
+    if length:
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join([*lines, b"", body])

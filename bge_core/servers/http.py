@@ -50,6 +50,8 @@ _AT_ONCE = 256
 _KEPT_ALIVE = 20
 # What is read of an answer that says that the request failed.
 _ERROR_BYTES = 1 << 14
+# What a chunk counts at least: each takes its time, however small it is.
+_LEAST_BYTES = 64
 # An answer of so many bytes is read on the event loop: handing it over would take longer.
 _FEW_BYTES = 1 << 15
 _PROCESS_ATTRIBUTES = frozenset({"_connections", "_finalizer"})
@@ -116,7 +118,7 @@ class Endpoint:
             return asyncio.run_coroutine_threadsafe(work, _loop_thread.loop())
         except (OSError, RuntimeError) as exc:
             work.close()
-            said = f"can't be asked ({type(exc).__name__}: {self._shown(exc)})"
+            said = f"can't be asked ({self._named(exc)})"
             hint = "This process has no room for another thread and its files."
             raise self.failed(said, hint) from exc
 
@@ -231,11 +233,11 @@ class Endpoint:
             hint = "Pass timeout=... to wait longer, or send less at a time."
             raise self.failed(said, hint, path) from exc
         except (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError) as exc:
-            said = f"can't be reached ({type(exc).__name__}: {self._shown(exc)})"
+            said = f"can't be reached ({self._named(exc)})"
             raise _UnreachableError(said, exc) from None
         # httpx hands on what sockets, ssl, idna and proxies raise, each in its own way.
         except Exception as exc:  # noqa: BLE001
-            said = f"can't be used ({type(exc).__name__}: {self._shown(exc)})"
+            said = f"can't be used ({self._named(exc)})"
             hint = "Check the server and any proxy."
             raise self.failed(said, hint, path) from self._shareable(exc)
 
@@ -284,8 +286,8 @@ class Endpoint:
         # A package that is missing, an address that is none, a file that is none.
         except Exception as exc:  # noqa: BLE001
             # An address with "@" may have a password.
-            words = "" if name and "@" in name else f": {self._shown(exc)}"
-            said = f"can't be asked, as the environment says ({type(exc).__name__}{words})"
+            words = type(exc).__name__ if name and "@" in name else self._named(exc)
+            said = f"can't be asked, as the environment says ({words})"
             hint = (
                 "Correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR; "
                 "NO_PROXY names the hosts that are asked without a proxy."
@@ -301,14 +303,18 @@ class Endpoint:
         """
         body = bytearray()
         limit = largest if response.is_success else _ERROR_BYTES
+        left = limit
         raw = cast("AsyncGenerator[bytes, None]", response.aiter_raw())
         async with contextlib.aclosing(raw) as parts:
             async for part in parts:
-                body += part[: limit + 1 - len(body)]
-                if len(body) > limit:
-                    if response.is_success:
-                        raise self._too_large(path, largest)
+                left -= max(len(part), _LEAST_BYTES)
+                if left < 0 and response.is_success:
+                    raise self._too_large(path, largest)
+                body += part[:limit]
+                if left < 0:
                     break
+                # Much that came at once is no reason to keep the others waiting.
+                await asyncio.sleep(0)
         return _Answer(
             status=response.status_code,
             reason=response.reason_phrase,
@@ -373,6 +379,10 @@ class Endpoint:
         text = "".join(character if character.isprintable() else " " for character in text)
         text = self._masked(" ".join(text.split()))
         return text if len(text) <= most else f"{text[:most]}..."
+
+    def _named(self, exc: BaseException) -> str:
+        words = self._shown(exc)
+        return f"{type(exc).__name__}: {words}" if words else type(exc).__name__
 
     def _masked(self, text: str) -> str:
         return text if self._api_key is None else _masked(text, self._api_key)

@@ -76,7 +76,7 @@ _LONGEST_NAME = 255
 _IN_FLIGHT = 4
 # What an answer can have: a vector of many numbers written out in full, with spaces; a score
 # beside what else a server says of it; an echo of the request; and never more than the last.
-_VECTOR_BYTES = 8192 * 40
+_VECTOR_BYTES = 8192 * 48
 _SCORE_BYTES = 1024
 _OTHER_BYTES = 1 << 18
 _MOST_BYTES = 1 << 26
