@@ -11,6 +11,7 @@ from bge_core.checkpoints.metadata import HEADS, read
 from bge_core.checkpoints.source import Source, locate
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError
+from bge_core.layers import LayerOptions
 from bge_core.m3 import M3Embedder, M3Reranker
 from bge_core.options import (
     EmbedderArguments,
@@ -148,6 +149,12 @@ def make_reranker(
         own: dict[str, Any] = dict(options)
         own.pop("normalize", None)
         long_passages = own.pop("long_passages", "truncate")
+        layers = LayerOptions.of(
+            cutoff_layers=own.pop("cutoff_layers", None),
+            compress_layers=own.pop("compress_layers", None),
+            compress_ratio=own.pop("compress_ratio", 1),
+        )
+        layers.resolve(os.fspath(model), None)
         embedder = M3Embedder(model, **own)
         return M3Reranker(embedder, weights=m3_weights, long_passages=long_passages)
     if endpoint is None:

@@ -48,6 +48,7 @@ from bge_core.prompts import QueryExample
 
 __all__ = [
     "Examples",
+    "LayerFields",
     "LocalModelFields",
     "ModelName",
     "ResolvedSettings",
@@ -417,6 +418,26 @@ def resolved_settings(core: Embedder | M3Embedder | Scorer) -> ResolvedSettings:
         dimension=dimension,
         backend=local.backend if local else "server",
     )
+
+
+class LayerFields(LocalModelFields):
+    """How much is computed of a reranker that has a score after each layer."""
+
+    cutoff_layers: int | list[int] | None = Field(default=None, frozen=True)
+    """The layer after which the score is read, of bge-reranker-v2-minicpm-layerwise (8 to 40) and
+    bge-reranker-v2.5-gemma2-lightweight (8 to 42); None for the last. Those above it cost nothing.
+    """
+
+    compress_layers: int | list[int] | None = Field(default=None, frozen=True)
+    """Layers before which bge-reranker-v2.5-gemma2-lightweight shortens the passage, such as
+    `[24, 40]`; None for `[8]`."""
+
+    compress_ratio: int = Field(default=1, frozen=True)
+    """How many neighbouring tokens of the passage become one there: 1 (off), 2, 4 or 8."""
+
+    def _options(self) -> dict[str, Any]:
+        own = ("cutoff_layers", "compress_layers", "compress_ratio")
+        return super()._options() | {name: getattr(self, name) for name in own}
 
 
 def with_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:

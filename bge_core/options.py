@@ -66,6 +66,9 @@ class RerankerArguments(ModelArguments, total=False):
 
     normalize: bool
     long_passages: str
+    cutoff_layers: int | Sequence[int] | None
+    compress_layers: int | Sequence[int] | None
+    compress_ratio: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

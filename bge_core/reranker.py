@@ -17,6 +17,7 @@ from bge_core.engine.local_model import LocalModel
 from bge_core.engine.model import HasModel
 from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError
+from bge_core.layers import LayerOptions
 from bge_core.lifecycle import ContextManaged, fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
 from bge_core.tokenizer import can_tokenize_inline
@@ -275,13 +276,15 @@ class Scorer(ContextManaged):
 
 
 class Reranker(HasModel, Scorer):
-    """A BGE reranker: a cross-encoder with one label, or bge-reranker-v2-gemma.
+    """A BGE reranker: a cross-encoder with one label, or one of three language models.
 
     A pair is built as FlagEmbedding builds it: the query is cut to three quarters of
-    `max_length`, then the passage to what is left. bge-reranker-v2-gemma is a language model: a
-    question follows the pair, and the score is the logit of "Yes" as the next word; it reads as
-    many more tokens as its question has, and asks the question whatever was cut. Arguments are
-    checked at once; weights load at first use and are shared as those of `Embedder` are.
+    `max_length`, then the passage to what is left. bge-reranker-v2-gemma,
+    bge-reranker-v2-minicpm-layerwise and bge-reranker-v2.5-gemma2-lightweight are language models:
+    a question follows the pair, and the score is the logit of "Yes" as the next word, or what a
+    head of the last layer that is computed gives there. They read as many more tokens as the
+    question has, and are asked it whatever was cut. Arguments are checked at once; weights load at
+    first use and are shared as those of `Embedder` are.
 
     Args:
         model: A hub id (`"BAAI/bge-reranker-base"`) or a folder.
@@ -290,6 +293,14 @@ class Reranker(HasModel, Scorer):
         long_passages: What happens with a passage that doesn't fit: `"truncate"` reads its
             beginning; `"window"` scores overlapping windows of it and takes the best, so that
             only a query is ever truncated. One that fits has the same score either way.
+        cutoff_layers: The layer after which the score is read, of a reranker that has one after
+            each: bge-reranker-v2-minicpm-layerwise (8 to 40) and
+            bge-reranker-v2.5-gemma2-lightweight (8 to 42). Those above it are not even loaded. A
+            list of one layer is the same; None for the last.
+        compress_layers: Layers, counted from 0, before which bge-reranker-v2.5-gemma2-lightweight
+            shortens the passage, such as `[24, 40]`; None for `[8]`.
+        compress_ratio: How many neighbouring tokens of the passage become one there: 1 (off), 2, 4
+            or 8.
         **options: `device`, `dtype`, `use_fp16`, `max_length`, `batch_tokens`, `on_truncation`,
             `backend`, `cache_folder`, `revision`, `local_files_only`, `trust_remote_code` and
             `token`, as `bge_core.options.ModelOptions` describes them.
@@ -313,9 +324,17 @@ class Reranker(HasModel, Scorer):
         *,
         normalize: bool = True,
         long_passages: str = "truncate",
+        cutoff_layers: int | Sequence[int] | None = None,
+        compress_layers: int | Sequence[int] | None = None,
+        compress_ratio: int = 1,
         **options: Unpack[ModelArguments],
     ) -> None:
-        local = LocalModel(ModelOptions(model=model, **options), kind="reranker")
+        layers = LayerOptions.of(
+            cutoff_layers=cutoff_layers,
+            compress_layers=compress_layers,
+            compress_ratio=compress_ratio,
+        )
+        local = LocalModel(ModelOptions(model=model, **options), kind="reranker", layers=layers)
         self._set_up(local, normalize=normalize, long_passages=long_passages)
 
     def _set_up(self, model: TextModel, *, normalize: bool, long_passages: str) -> None:

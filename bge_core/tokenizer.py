@@ -101,6 +101,7 @@ class Tokenizer:
             tokens: a model needs at least one.
         lower_case: Whether the checkpoint asks for lower-cased text before the tokenizer
             (`do_lower_case` in sentence_bert_config.json).
+        bos: The id of the token that a text begins with; None where there is none.
         special_token_ids: Ids of the first, the last, the padding and the unknown token, which
             stand for no word of a text.
     """
@@ -111,6 +112,7 @@ class Tokenizer:
         *,
         pad: int = 0,
         lower_case: bool = False,
+        bos: int | None = None,
         special_token_ids: AbstractSet[int] = frozenset(),
     ) -> None:
         backend.no_truncation()
@@ -118,6 +120,7 @@ class Tokenizer:
         self._backend = backend
         self._pad = pad
         self._lower_case = lower_case
+        self._bos = bos
         self.special_token_ids = frozenset(special_token_ids)
         single = backend.encode("a")
         self._prefix, self._suffix = _around(single.ids, single.special_tokens_mask)
@@ -249,8 +252,10 @@ class Tokenizer:
             room = max_length - self.pair_extra
             query_room = min(max_length * 3 // 4, room)
         else:
-            middle, question = self._ids([prompt.separator, prompt.question])
-            first, between, tail = self._prefix, middle, [*middle, *question]
+            (between,) = self._ids([prompt.separator])
+            tail = self.prompt_tail(prompt)
+            # As in FlagEmbedding, whether or not a single text gets one.
+            first = self._prefix if self._bos is None else [self._bos]
             query_room = max_length * 3 // 4
         lead = "" if prompt is None else prompt.query
         distinct = list(dict.fromkeys(queries))
@@ -267,7 +272,7 @@ class Tokenizer:
                 before,
                 tail,
                 size,
-                has_token_types=prompt is None and self._has_types,
+                has_token_types=prompt is not None or self._has_types,
                 query_truncated=len(ids) > query_room,
             )
         return [layouts[query] for query in queries]
@@ -286,6 +291,11 @@ class Tokenizer:
             truncated.append(len(ids) > size or layout.query_truncated)
             sequences.append(self.build_sequence(layout, ids[:size]))
         return sequences, truncated
+
+    def prompt_tail(self, prompt: PairPrompt) -> list[int]:
+        """Return what stands behind each passage; see `passage_layouts`."""
+        between, question = self._ids([prompt.separator, prompt.question])
+        return [*between, *question]
 
     def build_sequence(self, layout: SequenceLayout, ids: Sequence[int]) -> TokenSequence:
         """Put a text's ids, which must fit, where they go."""

@@ -9,13 +9,14 @@ from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
 
 from bge_core import Scorer, make_reranker
+from bge_core.host_fields import LayerFields
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import MODEL_KEYS, fold
 
 __all__ = ["BGECrossEncoder"]
 
 
-class BGECrossEncoder(ServedModelFields, BaseCrossEncoder):
+class BGECrossEncoder(LayerFields, ServedModelFields, BaseCrossEncoder):
     """A BGE reranker that scores pairs of texts, for `CrossEncoderReranker` and the like.
 
     `BGEReranker` does more with less: it puts scores into the documents' metadata and knows a

@@ -17,7 +17,7 @@ from langchain_core.runnables import (
 from pydantic import Field, PrivateAttr
 
 from bge_core import InputTypeError, Ranked, Scorer, make_reranker
-from bge_core.host_fields import Weights, earlier_score_key
+from bge_core.host_fields import LayerFields, Weights, earlier_score_key
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._runs import RerankRunnable, arerank_run, config_of, rerank_run
 
@@ -33,7 +33,7 @@ class RerankResult(TypedDict):
     relevance_end: NotRequired[int]
 
 
-class BGEReranker(ServedModelFields, BaseDocumentCompressor):
+class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
     """A BGE reranker, or bge-m3, that orders documents by how well they answer a query.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector

@@ -15,7 +15,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_reranker
-from bge_core.host_fields import ModelName, Weights, earlier_score_key
+from bge_core.host_fields import LayerFields, ModelName, Weights, earlier_score_key
 from llamaindex_bge._component import ServedModelComponent
 
 __all__ = ["BGEReranker"]
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _RETRIEVAL_SCORE = "retrieval_score"
 
 
-class BGEReranker(ServedModelComponent, BaseNodePostprocessor):
+class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
     """A BGE reranker, or bge-m3, that puts retrieved nodes in a better order.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector

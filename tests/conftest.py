@@ -238,12 +238,14 @@ def _gemma_tokenizer(*, eos: bool) -> Any:
     )
 
 
+ICL_TOKENS = ("<instruct>", "<query>", "<response>")
+
+
 @functools.cache
-def _mistral_tokenizer() -> Any:
+def _llama_tokenizer(*, eos: bool, extra: tuple[str, ...] = (), positions: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     special = ("<unk>", "<s>", "</s>")
-    extra = ["<instruct>", "<query>", "<response>"]  # bge-en-icl's own
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     vocab, merges = _bpe((*special, *BYTES), normalizer, None)
     tokenizer = Tokenizer(
@@ -259,19 +261,19 @@ def _mistral_tokenizer() -> Any:
         ]
     )
     tokenizer.add_special_tokens([*special, *extra])
-    tokenizer.post_processor = _ends(tokenizer, "<s>", "</s>")
+    tokenizer.post_processor = _ends(tokenizer, "<s>", "</s>" if eos else None)
     return _loaded_tokenizer(
         tokenizer,
         "LlamaTokenizer",
         legacy=True,
         add_bos_token=True,
-        add_eos_token=True,
-        additional_special_tokens=extra,
+        add_eos_token=eos,
+        additional_special_tokens=list(extra),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<unk>",
         unk_token="<unk>",
-        model_max_length=32768,
+        model_max_length=positions,
     )
 
 
@@ -394,6 +396,62 @@ def _write_model(folder: Path, model_class: str, config: Any, tokenizer: Any, se
                 torch.nn.init.normal_(values, std=0.1)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _write_layerwise(
+    folder: Path, model_class: str, config: Any, tokenizer: Any, seed: int, said: dict[str, Any]
+) -> Path:
+    """Write a reranker with a head a layer, in two files, beside code that must not be run.
+
+    Args:
+        folder: Where to.
+        model_class: The transformers model whose layers have the names and shapes of its own.
+        config: That model's.
+        tokenizer: Its tokenizer.
+        seed: Of its numbers.
+        said: What its config.json says, with `start_layer`.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    _write_model(folder, model_class, config, tokenizer, seed)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    generator = torch.Generator().manual_seed(seed)
+    layers = config.num_hidden_layers
+    parts: tuple[dict[str, Any], ...] = ({}, {})
+    for name, tensor in sorted(weights.items()):
+        parts["layers.0." in name][f"model.{name}"] = tensor.clone()
+    for head in range(layers + 1 - said["start_layer"]):
+        parts[head % 2][f"lm_head.{head}.linear_head.weight"] = (
+            torch.randn(1, HIDDEN, generator=generator) * 0.3
+        )
+    index = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(part, file))
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    (module,) = {name.partition(".")[0] for name in said["auto_map"].values()}
+    (folder / f"{module}.py").write_text("raise AssertionError('code of a checkpoint was run')\n")
+    kept = {
+        name: getattr(config, name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        )
+    }
+    _write_json(folder / "config.json", {**kept, "rope_theta": 10000.0, **said})
     return folder
 
 
@@ -759,7 +817,7 @@ def gemma2_folder(models_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def icl_folder(models_dir: Path) -> Path:
     """Mistral with last-token pooling and no Normalize, named bge-en-icl."""
-    tokenizer = _mistral_tokenizer()
+    tokenizer = _llama_tokenizer(eos=True, extra=ICL_TOKENS, positions=32768)
     config = _decoder_config("Mistral", tokenizer, 32768, sliding_window=None)
     folder = models_dir / "bge-en-icl"
     _write_model(folder, "MistralModel", config, tokenizer, seed=14)
@@ -795,6 +853,51 @@ def gemma_reranker_folder(models_dir: Path) -> Path:
     config = _decoder_config("Gemma", tokenizer, 8192, num_key_value_heads=1)
     folder = models_dir / "bge-reranker-v2-gemma"
     return _write_model(folder, "GemmaForCausalLM", config, tokenizer, seed=17)
+
+
+@pytest.fixture(scope="session")
+def minicpm_folder(models_dir: Path) -> Path:
+    """MiniCPM with a head after each layer, named bge-reranker-v2-minicpm-layerwise."""
+    tokenizer = _llama_tokenizer(eos=False, positions=2048)
+    config = _decoder_config("Llama", tokenizer, 2048, num_hidden_layers=4)
+    said = {
+        "model_type": "minicpm",
+        "architectures": ["LayerWiseMiniCPMForCausalLM"],
+        "auto_map": {"AutoConfig": "own_code.A", "AutoModelForCausalLM": "own_code.B"},
+        "hidden_act": "silu",
+        "scale_emb": 3,
+        "scale_depth": 1.4,
+        "dim_model_base": 8,
+        "start_layer": 2,
+        "head_multi": True,
+        "head_type": "simple",
+        "rope_scaling": None,
+    }
+    folder = models_dir / "bge-reranker-v2-minicpm-layerwise"
+    return _write_layerwise(folder, "LlamaModel", config, tokenizer, 18, said)
+
+
+@pytest.fixture(scope="session")
+def lightweight_folder(models_dir: Path) -> Path:
+    """Gemma 2 with a head after each layer, named bge-reranker-v2.5-gemma2-lightweight."""
+    tokenizer = _gemma_tokenizer(eos=False)
+    config = _decoder_config("Gemma2", tokenizer, 8192, num_hidden_layers=6, sliding_window=24)
+    said = {
+        "model_type": "cost_wise_gemma",
+        "architectures": ["CostWiseGemmaForCausalLM"],
+        "auto_map": {"AutoConfig": "own_code.A", "AutoModelForCausalLM": "own_code.B"},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 8,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "start_layer": 2,
+        "layer_sep": 1,
+        "layer_wise": True,
+    }
+    folder = models_dir / "bge-reranker-v2.5-gemma2-lightweight"
+    return _write_layerwise(folder, "Gemma2Model", config, tokenizer, 19, said)
 
 
 @pytest.fixture(scope="session")

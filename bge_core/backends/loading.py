@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ __all__ = [
     "copy_weights",
     "load_head",
     "load_model",
+    "load_tensors",
     "load_tokenizer",
     "no_progress_bars",
     "out_of_memory_error",
@@ -56,7 +57,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
 
 
 def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokenizer:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
     own = {
         word: next(
@@ -71,10 +72,13 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
             "there with tokenizer.save_pretrained(folder)."
         )
         raise CheckpointError(msg)
+    # What transformers has no model for, it would look for in the checkpoint's own code.
+    config = {} if checkpoint.layer_heads is None else {"config": PretrainedConfig()}
     loaded = AutoTokenizer.from_pretrained(
         checkpoint.body,
         local_files_only=True,
         trust_remote_code=trust_remote_code,
+        **config,
         # transformers 4 would follow paths in tokenizer_config.json, which are its maker's.
         **own,
     )
@@ -97,6 +101,7 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
         loaded.backend_tokenizer,
         pad=checkpoint.pad,
         lower_case=checkpoint.lower_case,
+        bos=loaded.bos_token_id,
         special_token_ids={mark for mark in marks if mark is not None},
     )
 
@@ -136,15 +141,7 @@ def load_model(
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    weights = weight_files(checkpoint.body)
-    if not weights:
-        end = "; fetch it again."
-        msg = (
-            f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
-            f"model.safetensors nor pytorch_model.bin{other_weights(checkpoint.body) or end}"
-        )
-        raise CheckpointError(msg)
-    _check_size(checkpoint, weights)
+    weights = _weight_files(checkpoint)
     loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
     if kind == "reranker" and checkpoint.pair_prompt is not None:
         from transformers import AutoModelForCausalLM
@@ -167,12 +164,7 @@ def load_model(
         name for name in report["missing_keys"] if kind == "reranker" or "pooler." not in name
     )
     if missing:
-        msg = (
-            f"The weights of {checkpoint.name!r} in {checkpoint.body} lack {len(missing)} of "
-            f"the model's tensors, {missing[0]!r} first: computing with random ones in their "
-            "place would give noise. Fetch the checkpoint again."
-        )
-        raise CheckpointError(msg)
+        raise _missing_error(checkpoint, missing)
     if copied:
         copy_weights(model)
     model.eval()
@@ -234,6 +226,80 @@ def check_computes(checkpoint: Checkpoint, runner: Runner) -> None:
         if is_out_of_memory(exc):  # which has nothing to do with the checkpoint
             raise
         raise _unreadable(checkpoint, "weights", exc) from exc
+
+
+def load_tensors(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Load some of a checkpoint's tensors onto a device, each a copy of its own.
+
+    Args:
+        checkpoint: What the checkpoint says of itself.
+        shapes: The names of those that are needed, and their shapes.
+        dtype: The number format that they get.
+        device: Where they go.
+
+    Raises:
+        CheckpointError: The weights are missing, damaged or of another shape.
+        ComputationError: They don't fit on the device.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from bge_core.backends.memory import is_out_of_memory
+
+    found: dict[str, torch.Tensor] = {}
+    for file in _weight_files(checkpoint):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    for name in shapes.keys() & set(opened.keys()):
+                        found[name] = opened.get_tensor(name).to(device, dtype, copy=True)
+            else:
+                read = torch.load(file, map_location="cpu", weights_only=True)
+                for name in shapes.keys() & read.keys():
+                    found[name] = read[name].to(device, dtype, copy=True)
+        except Exception as exc:
+            if is_out_of_memory(exc):
+                raise out_of_memory_error(checkpoint.name, device) from exc
+            raise _unreadable(checkpoint, "weights", exc) from exc
+    if missing := sorted(shapes.keys() - found.keys()):
+        raise _missing_error(checkpoint, missing)
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            msg = (
+                f"The weights of {checkpoint.name!r} in {checkpoint.body} are of another model: "
+                f"{name!r} is of shape {list(found[name].shape)}, and config.json describes "
+                f"{list(shape)}. Fetch the checkpoint again."
+            )
+            raise CheckpointError(msg)
+    return found
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+    files = weight_files(checkpoint.body)
+    if not files:
+        end = "; fetch it again."
+        msg = (
+            f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
+            f"model.safetensors nor pytorch_model.bin{other_weights(checkpoint.body) or end}"
+        )
+        raise CheckpointError(msg)
+    _check_size(checkpoint, files)
+    return files
+
+
+def _missing_error(checkpoint: Checkpoint, missing: Sequence[str]) -> CheckpointError:
+    msg = (
+        f"The weights of {checkpoint.name!r} in {checkpoint.body} lack {len(missing)} of the "
+        f"model's tensors, {missing[0]!r} first: computing with random ones in their place would "
+        "give noise. Fetch the checkpoint again."
+    )
+    return CheckpointError(msg)
 
 
 def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:

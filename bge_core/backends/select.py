@@ -46,6 +46,17 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
     place = torch.device(device)
     kind, dtype, trust = options.kind, options.dtype, options.trust_remote_code
     pooling = options.pooling or "cls"
+    if checkpoint.layer_heads is not None and options.depth is not None:
+        from bge_core.backends.layerwise import load_layerwise_runner
+
+        return load_layerwise_runner(
+            checkpoint,
+            checkpoint.layer_heads,
+            options.depth,
+            tail=options.tail,
+            dtype=dtype,
+            device=place,
+        )
     if kind == "embedder" and (not checkpoint.plain or pooling not in POOLS):
         return load_sentence_transformers(checkpoint, place, dtype, trust)
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)

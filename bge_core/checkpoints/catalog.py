@@ -19,6 +19,7 @@ from bge_core.errors import ArgumentError, InputTypeError
 
 __all__ = [
     "PROFILES",
+    "LayerHeads",
     "Output",
     "PairPrompt",
     "Profile",
@@ -44,6 +45,7 @@ _ANSWERS = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the "
     "query by providing a prediction of either 'Yes' or 'No'."
 )
+_PREDICT = "Predict whether passage B contains an answer to query A."
 _GEMMA_NOTE = "Gemma Terms of Use: read them before commercial use."
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -70,14 +72,37 @@ class PairPrompt:
         passage: Put in front of the passage.
         separator: Put between query and passage, and between passage and question.
         question: Asked after the pair, whatever was cut of it.
-        answer: The score is the logit of the first token of this word.
+        answer: The score is the logit of the first token of this word; None for a model whose
+            heads give the score.
     """
 
     query: str = "A: "
     passage: str = "B: "
     separator: str = "\n"
     question: str = _ANSWERS
-    answer: str = "Yes"
+    answer: str | None = "Yes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerHeads:
+    """After which of its layers a reranker has a score.
+
+    Attributes:
+        first: The first of them, counted from 1.
+        last: All of the layers.
+        step: How many layers there are from one to the next.
+        compresses: Whether it was trained to shorten passages on the way.
+    """
+
+    first: int
+    last: int
+    step: int = 1
+    compresses: bool = False
+
+    @property
+    def cutoffs(self) -> range:
+        """The layers after which there is a score."""
+        return range(self.first, self.last + 1, self.step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +130,7 @@ class Profile:
         half: What `dtype="auto"` means on cuda: decoders were trained in bfloat16, and Gemma 2
             overflows in float16.
         pair_prompt: How a reranker that is a language model is asked; None for a cross-encoder.
+        layer_heads: After which layers a reranker has a score; None for after the last alone.
         tasks: llm-embedder's instructions by task; empty elsewhere.
         licence: The licence of the weights.
         licence_note: What a user should know before using them.
@@ -141,6 +167,7 @@ class Profile:
     example_format: str = ""
     half: Half = "float16"
     pair_prompt: PairPrompt | None = None
+    layer_heads: LayerHeads | None = None
     tasks: Mapping[str, TaskInstruction] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = "unknown"
     licence_note: str = ""
@@ -188,6 +215,9 @@ class Profile:
         if self.pair_prompt is not None and not isinstance(self.pair_prompt, PairPrompt):
             msg = f"pair_prompt must be a PairPrompt or None, got {self.pair_prompt!r:.60}."
             raise InputTypeError(msg)
+        if self.layer_heads is not None and not isinstance(self.layer_heads, LayerHeads):
+            msg = f"layer_heads must be a LayerHeads or None, got {self.layer_heads!r:.60}."
+            raise InputTypeError(msg)
         _check_format("query_format", self.query_format, {"query"}, {"instruction"})
         if self.example_format:
             _check_format(
@@ -197,15 +227,15 @@ class Profile:
 
     def _check_against_kind(self) -> None:
         if self.kind == "embedder":
-            foreign = ["pair_prompt"] if self.pair_prompt is not None else []
+            foreign = [name for name in ("pair_prompt", "layer_heads") if getattr(self, name)]
             if "dense" not in self.outputs:
                 msg = f"outputs={self.outputs!r} has no 'dense', which every embedder gives."
                 raise ArgumentError(msg)
         else:
             if self.outputs == ("dense",):  # the default
                 object.__setattr__(self, "outputs", ())
-            names = ("pooling", "dimension", "outputs", "query_instruction", "query_suffix")
-            foreign = [name for name in (*names, "example_format", "tasks") if getattr(self, name)]
+            others = ("pooling", "dimension", "outputs", "query_instruction", "query_suffix")
+            foreign = [name for name in (*others, "example_format", "tasks") if getattr(self, name)]
         if foreign:
             other = "a reranker" if self.kind == "embedder" else "an embedder"
             msg = (
@@ -244,13 +274,6 @@ def _check_format(name: str, template: str, needed: set[str], allowed: set[str])
         expected = " and ".join(f"{{{word}}}" for word in sorted(needed | allowed))
         msg = f"{name}={template!r:.60} must have the fields {expected}, each once."
         raise ArgumentError(msg)
-
-
-_OWN_CODE = (
-    "its layers and heads are Python code of its own, not of transformers, and that code could "
-    "not be tried with current transformers, so it is not run, with trust_remote_code=True "
-    "neither: use BAAI/bge-reranker-v2-gemma or BAAI/bge-reranker-v2-m3 instead"
-)
 
 
 def _bert(
@@ -328,7 +351,7 @@ def _reranker(
     licence_note: str = "",
     half: Half = "float16",
     pair_prompt: PairPrompt | None = None,
-    refusal: str | None = None,
+    layer_heads: LayerHeads | None = None,
 ) -> Profile:
     return Profile(
         id=f"BAAI/{name}",
@@ -339,9 +362,9 @@ def _reranker(
         outputs=(),
         half=half,
         pair_prompt=pair_prompt,
+        layer_heads=layer_heads,
         licence=licence,
         licence_note=licence_note,
-        refusal=refusal,
     )
 
 
@@ -476,7 +499,9 @@ _ROWS: tuple[Profile, ...] = (
         languages=("multilingual",),
         max_length=2048,
         licence="apache-2.0",
-        refusal=_OWN_CODE,
+        half="bfloat16",
+        pair_prompt=PairPrompt(answer=None),
+        layer_heads=LayerHeads(first=8, last=40),
     ),
     _reranker(
         "bge-reranker-v2.5-gemma2-lightweight",
@@ -485,7 +510,9 @@ _ROWS: tuple[Profile, ...] = (
         max_length=8192,
         licence="gemma",
         licence_note=_GEMMA_NOTE,
-        refusal=_OWN_CODE,
+        half="bfloat16",
+        pair_prompt=PairPrompt(question=_PREDICT, answer=None),
+        layer_heads=LayerHeads(first=8, last=42, compresses=True),
     ),
 )
 

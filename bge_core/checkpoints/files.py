@@ -132,6 +132,15 @@ class JsonFile:
             self.refuse(f"{key} must be true or false, it is {value!r:.60}")
         return default if value is None else value
 
+    def number(self, key: str, default: float) -> float:
+        """Give a number, or the default where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return float(default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.refuse(f"{key} must be a number, it is {value!r:.60}")
+        return float(value)
+
     def refuse(self, why: str) -> NoReturn:
         """Say what is wrong with the file."""
         msg = f"{self.path} is damaged ({why}): fetch the checkpoint again."

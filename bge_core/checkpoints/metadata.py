@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from bge_core import arguments
-from bge_core.checkpoints.catalog import find_profile
+from bge_core.checkpoints.catalog import PROFILES, LayerHeads, find_profile
 from bge_core.checkpoints.files import (
     JsonFile,
     check_files,
@@ -92,6 +92,12 @@ _POOLING_KEYS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+_LAYERWISE_CLASSES: Mapping[object, str] = MappingProxyType(
+    {
+        "LayerWiseMiniCPMForCausalLM": "BAAI/bge-reranker-v2-minicpm-layerwise",
+        "CostWiseGemmaForCausalLM": "BAAI/bge-reranker-v2.5-gemma2-lightweight",
+    }
+)
 # The first usable position of these families is padding_idx + 1.
 _OFFSET_FAMILIES = ("xlm-roberta", "roberta", "camembert", "xlm-roberta-xl")
 
@@ -123,6 +129,7 @@ class Checkpoint:
         pad: The padding token's id.
         lower_case: Texts are lower-cased before the tokenizer.
         truncation_side: Which end of a text is cut: `"right"` or `"left"`.
+        layer_heads: After which layers a reranker has a score; None for after the last alone.
         prompts: Its own prompts for a `"query"` and a `"document"`, where it has one
             (config_sentence_transformers.json).
         heads: Outputs of bge-m3 that it has a file for (`HEADS`).
@@ -147,6 +154,7 @@ class Checkpoint:
     pad: int
     lower_case: bool
     truncation_side: str
+    layer_heads: LayerHeads | None
     prompts: Mapping[str, str]
     heads: frozenset[Output]
 
@@ -247,6 +255,7 @@ def read(source: Source, folder: Path) -> Checkpoint:
         pad=pad,
         lower_case=reading.flag("do_lower_case"),
         truncation_side=_truncation_side(reading, body),
+        layer_heads=_layer_heads(source.model, config, profile),
         prompts=_prompts(settings),
         heads=frozenset(output for output, name in HEADS.items() if (folder / name).is_file()),
     )
@@ -365,7 +374,7 @@ def _digest_file(digest: hashlib._Hash, path: Path) -> None:
 
 
 def _profiles(source: Source, folder: Path, config: JsonFile) -> list[Profile]:
-    """Give the rows of the names that a checkpoint goes by: its own, then what it was trained from.
+    """Give the rows that a checkpoint goes by: its name's, what it was trained from, its classes'.
 
     A link's target counts where the link's own name says nothing.
     """
@@ -382,7 +391,7 @@ def _profiles(source: Source, folder: Path, config: JsonFile) -> list[Profile]:
     # What was trained from a backbone may well be served; what comes with its code may not.
     if trained is not None and trained.refusal is not None and not config.values.get("auto_map"):
         trained = None
-    return [row for row in (own, trained) if row is not None]
+    return [row for row in (own, trained, _profile_of(config)) if row is not None]
 
 
 def _kind(
@@ -545,6 +554,44 @@ def _labels(config: JsonFile) -> int:
     if isinstance(labels, dict) and labels:
         return len(labels)
     return config.whole("num_labels", 2, least=1)
+
+
+def _profile_of(config: JsonFile) -> Profile | None:
+    """Give the row of a model that was trained further, where its classes are one row's own."""
+    named = config.values.get("architectures")
+    rows = (_LAYERWISE_CLASSES.get(name) for name in (named if isinstance(named, list) else ()))
+    return next((PROFILES[row] for row in rows if row is not None), None)
+
+
+def _layer_heads(name: str, config: JsonFile, profile: Profile | None) -> LayerHeads | None:
+    """Say after which layers a checkpoint has a score.
+
+    Raises:
+        CheckpointError: Its layers or heads are not those of the published checkpoint.
+    """
+    published = profile.layer_heads if profile else None
+    if published is None or profile is None or _labels(config):
+        return None
+    values = config.values
+    families = ("gemma2", "cost_wise_gemma") if published.compresses else ("minicpm",)
+    if published.compresses:
+        heads = values.get("layer_wise") is True
+    else:
+        heads = values.get("head_multi", True) is True
+        heads = heads and values.get("head_type", "simple") == "simple"
+    if values["model_type"] not in families or not heads:
+        msg = (
+            f"{config.path} describes another model than {profile.id}, as which {name!r} is known: "
+            f"one of model_type {families[-1]!r} with a head of one score after each layer was "
+            "expected. Fetch the checkpoint again, or give the folder another name."
+        )
+        raise CheckpointError(msg)
+    last = config.whole("num_hidden_layers", 0)
+    first = config.whole("start_layer", published.first, least=0)
+    if first > last:
+        config.refuse(f"start_layer={first} is none of num_hidden_layers={last}")
+    step = config.whole("layer_sep", 1, least=1)
+    return LayerHeads(first=first, last=last, step=step, compresses=published.compresses)
 
 
 def _modules(folder: Path) -> list[_Module] | None:

@@ -18,6 +18,7 @@ from bge_core.checkpoints.source import locate
 from bge_core.engine.call import non_finite_error
 from bge_core.engine.process import hold_interpreter_exit, on_fork
 from bge_core.errors import ArgumentError, closed_while_waiting_error
+from bge_core.layers import LayerOptions
 from bge_core.lifecycle import Closeable
 from bge_core.tokenizer import report_truncation
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from bge_core.engine.call import Call, Progress, Steps
     from bge_core.engine.scheduler import Engine, Rows
     from bge_core.errors import ComputationError
+    from bge_core.layers import Depth
     from bge_core.options import ModelOptions
     from bge_core.tokenizer import Tokenizer, TokenSequence
 
@@ -63,8 +65,16 @@ class LocalModel(Closeable):
         "_lock",
     }
 
-    def __init__(self, options: ModelOptions, *, kind: Kind, pooling: str | None = None) -> None:
+    def __init__(
+        self,
+        options: ModelOptions,
+        *,
+        kind: Kind,
+        pooling: str | None = None,
+        layers: LayerOptions | None = None,
+    ) -> None:
         self.options = options
+        self._layers = LayerOptions() if layers is None else layers
         self._kind = kind
         self._source = options.source
         self._placement = options.placement
@@ -79,6 +89,7 @@ class LocalModel(Closeable):
             check_profile(profile, kind, self.model)
             if profile.kind == kind:
                 self._check_length(profile.max_length)
+                self._layers.resolve(self.model, profile.layer_heads)
 
     def _init_process_state(self) -> None:
         super()._init_process_state()
@@ -133,6 +144,7 @@ class LocalModel(Closeable):
                 found = read(self._source, locate(self._source))
                 check_kind(found, self._kind, pooling=self._pooling)
                 self._check_length(found.max_length)
+                self._layers.resolve(self.model, found.layer_heads)
                 self._checkpoint = found
             return self._checkpoint
 
@@ -183,6 +195,11 @@ class LocalModel(Closeable):
         return self.checkpoint.max_length
 
     @property
+    def depth(self) -> Depth | None:
+        """How much is computed of a reranker with a score after each layer; None for the rest."""
+        return self._layers.resolve(self.model, self.checkpoint.layer_heads)
+
+    @property
     def dtype(self) -> str:
         """The number format that computes on this machine: float32, float16 or bfloat16."""
         return self.placed()[1]
@@ -197,7 +214,9 @@ class LocalModel(Closeable):
     @property
     def fingerprint(self) -> tuple[object, ...]:
         """What of it changes the numbers: weights, pooling, length, number format."""
-        return self.content(), self.pooling, self.max_length, self.dtype
+        depth = self.depth
+        known = (self.content(), self.pooling, self.max_length, self.dtype)
+        return known if depth is None else (*known, depth)
 
     def close(self) -> None:
         """Release the model; the weights are freed when nobody else holds them.
@@ -273,6 +292,7 @@ class LocalModel(Closeable):
             dtype=dtype,
             trust_remote_code=self._source.trust_remote_code,
             cache_folder=self._source.cache_folder,
+            depth=self.depth,
             output_cache=shared_output_cache((content, dtype), self._source.name),
         )
         chosen = choose_backends(self._backend, found, options, devices)
@@ -286,6 +306,7 @@ class LocalModel(Closeable):
             dtype,
             *chosen.values(),
             options.trust_remote_code,
+            options.depth,
         )
         return shared_engine(key, lambda: self._new_engine(found, options, devices, chosen))
 
@@ -302,8 +323,9 @@ class LocalModel(Closeable):
         logger.info("Loading %r on %s in %s.", found.name, ", ".join(devices), options.dtype)
         tokenizer = load_tokenizer(found, trust_remote_code=options.trust_remote_code)
         self._check_room(tokenizer)  # before the weights
-        if found.pair_prompt is not None:
-            options = replace(options, answer=tokenizer.first_id(found.pair_prompt.answer))
+        if (prompt := found.pair_prompt) is not None:
+            answer = None if prompt.answer is None else tokenizer.first_id(prompt.answer)
+            options = replace(options, answer=answer, tail=len(tokenizer.prompt_tail(prompt)))
         return Engine(
             load_runners(chosen, found, options, devices),
             tokenizer,

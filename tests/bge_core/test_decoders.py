@@ -507,18 +507,6 @@ def test_a_pair_never_is_longer_than_the_model(gemma_reranker_folder, copy_of, c
     assert "1 of 1 pairs are longer than max_length=1024" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "name", ["bge-reranker-v2-minicpm-layerwise", "bge-reranker-v2.5-gemma2-lightweight"]
-)
-def test_rerankers_with_code_of_their_own_are_refused_by_name(name, gemma_reranker_folder, copy_of):
-    said = f"{name}.*Python code of its own.*use BAAI/bge-reranker-v2-gemma"
-    for trusted in (False, True):
-        with pytest.raises(CheckpointError, match=said):
-            Reranker(f"BAAI/{name}", trust_remote_code=trusted)
-    with pytest.raises(CheckpointError, match=said):
-        make_scorer(copy_of(gemma_reranker_folder, name))
-
-
 def test_the_two_kinds_of_decoder_are_not_mixed_up(gemma_reranker_folder, icl_folder):
     with pytest.raises(CheckpointError, match="is a reranker"):
         Embedder(gemma_reranker_folder)

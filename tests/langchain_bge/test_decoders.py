@@ -91,3 +91,39 @@ async def test_a_language_model_reranks_and_scores(gemma_reranker_folder, call):
         scores = encoder.score([("Where is Paris?", text) for text in texts])
     in_order = sorted(expected, key=lambda found: found.index)
     np.testing.assert_allclose(scores, [found.score for found in in_order], atol=1e-6)
+
+
+async def test_a_reranker_stops_at_a_layer_and_shortens_passages(lightweight_folder, call):
+    depth = {"cutoff_layers": [5], "compress_layers": [2, 3], "compress_ratio": 4}
+    texts = ["Paris is in France.", "Cats purr.", "one two three " * 20]
+    with Reranker(lightweight_folder, **depth) as core, Reranker(lightweight_folder) as whole:
+        expected = core.rank("Where is Paris?", texts)
+        assert core.fingerprint != whole.fingerprint
+    documents = [Document(page_content=text) for text in texts]
+    with BGEReranker(model=lightweight_folder, top_n=2, **depth) as reranker:
+        kept = await call(reranker, "compress_documents", documents, "Where is Paris?")
+        again = BGEReranker(**reranker.model_dump())
+        assert again == reranker == pickle.loads(pickle.dumps(reranker))
+        assert again.fingerprint == reranker.fingerprint == core.fingerprint
+    scores = [document.metadata["relevance_score"] for document in kept]
+    np.testing.assert_allclose(scores, [found.score for found in expected[:2]], atol=1e-6)
+    with BGECrossEncoder(model=lightweight_folder, **depth) as encoder:
+        scores = encoder.score([("Where is Paris?", text) for text in texts])
+    in_order = sorted(expected, key=lambda found: found.index)
+    np.testing.assert_allclose(scores, [found.score for found in in_order], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [BGEReranker, BGECrossEncoder])
+@pytest.mark.parametrize("name", ["cutoff_layers", "compress_layers", "compress_ratio"])
+def test_layers_are_for_two_models(reranker_folder, kind, name):
+    with pytest.raises(ArgumentError, match=rf"{name} is for BAAI/bge-reranker-v2.*leave it out"):
+        kind(model=reranker_folder, **{name: 2})
+    with pytest.raises(ArgumentError, match=rf"{name} can't be set with endpoint"):
+        kind(model=reranker_folder, endpoint="http://localhost:1", **{name: 2})
+
+
+@pytest.mark.parametrize("kind", [BGEReranker, BGECrossEncoder])
+@pytest.mark.parametrize("given", [{"cutoff_layers": "last"}, {"compress_ratio": 3}])
+def test_a_wrong_layer_is_refused_on_one_line(lightweight_folder, kind, given):
+    with pytest.raises(ArgumentError, match=f"^[^\n]*{next(iter(given))}[^\n]*$"):
+        kind(model=lightweight_folder, **given)

@@ -87,3 +87,27 @@ def test_a_language_model_reranks(gemma_reranker_folder):
     np.testing.assert_allclose(
         [node.score for node in kept], [found.score for found in expected], atol=1e-6
     )
+
+
+async def test_a_reranker_stops_at_a_layer_and_shortens_passages(lightweight_folder):
+    depth = {"cutoff_layers": 5, "compress_layers": [2, 3], "compress_ratio": 4}
+    texts = ["Paris is in France.", "Cats purr.", "one two three " * 20]
+    with Reranker(lightweight_folder, **depth) as core:
+        expected = core.rank("Where is Paris?", texts, top_n=2)
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+    with BGEReranker(model=lightweight_folder, top_n=2, **depth) as reranker:
+        kept = await reranker.apostprocess_nodes(nodes, query_str="Where is Paris?")
+        again = BGEReranker.from_dict(reranker.to_dict())
+        assert again.fingerprint == reranker.fingerprint == core.fingerprint
+    assert [node.text for node in kept] == [texts[found.index] for found in expected]
+    np.testing.assert_allclose(
+        [node.score for node in kept], [found.score for found in expected], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["cutoff_layers", "compress_layers", "compress_ratio"])
+def test_layers_are_for_two_models(reranker_folder, name):
+    with pytest.raises(ArgumentError, match=rf"{name} is for BAAI/bge-reranker-v2.*leave it out"):
+        BGEReranker(model=reranker_folder, **{name: 2})
+    with pytest.raises(ArgumentError, match=rf"{name} can't be set with endpoint"):
+        BGEReranker(model=reranker_folder, endpoint="http://localhost:1", **{name: 2})

@@ -119,20 +119,32 @@ def test_bge_en_icl_alone_takes_examples():
     assert written == "<instruct>i\n<query>q\n<response>r"
 
 
-def test_one_reranker_is_asked_a_question():
-    (row,) = (row for row in PROFILES.values() if row.pair_prompt)
-    asked = row.pair_prompt
-    assert row.id == "BAAI/bge-reranker-v2-gemma"
-    assert (asked.query, asked.passage, asked.separator, asked.answer) == (
-        "A: ",
-        "B: ",
-        "\n",
-        "Yes",
-    )
-    assert asked.question == (
+def test_three_rerankers_are_asked_a_question():
+    given = (
         "Given a query A and a passage B, determine whether the passage contains an answer to the "
         "query by providing a prediction of either 'Yes' or 'No'."
     )
+    predict = "Predict whether passage B contains an answer to query A."
+    asked = {row.id: row.pair_prompt for row in PROFILES.values() if row.pair_prompt}
+    assert {name: (prompt.question, prompt.answer) for name, prompt in asked.items()} == {
+        "BAAI/bge-reranker-v2-gemma": (given, "Yes"),
+        "BAAI/bge-reranker-v2-minicpm-layerwise": (given, None),
+        "BAAI/bge-reranker-v2.5-gemma2-lightweight": (predict, None),
+    }
+    for prompt in asked.values():
+        assert (prompt.query, prompt.passage, prompt.separator) == ("A: ", "B: ", "\n")
+
+
+def test_two_rerankers_have_a_score_after_each_layer():
+    found = {row.id: row.layer_heads for row in PROFILES.values() if row.layer_heads}
+    assert {name: (heads.cutoffs, heads.compresses) for name, heads in found.items()} == {
+        "BAAI/bge-reranker-v2-minicpm-layerwise": (range(8, 41), False),
+        "BAAI/bge-reranker-v2.5-gemma2-lightweight": (range(8, 43), True),
+    }
+
+
+def test_the_bare_backbone_alone_is_refused():
+    assert [row.id for row in PROFILES.values() if row.refusal] == ["BAAI/bge-m3-retromae"]
 
 
 def test_decoders_compute_in_bfloat16_on_cuda():

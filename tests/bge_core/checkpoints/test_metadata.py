@@ -545,7 +545,6 @@ def test_two_labels_are_no_reranker(two_label_folder):
         (Embedder, "BAAI/bge-reranker-v2-gemma", "reranker"),
         (Reranker, "BAAI/bge-en-icl", "embedding"),
         (Embedder, "BAAI/bge-m3-retromae", "similarity"),
-        (Reranker, "BAAI/bge-reranker-v2-minicpm-layerwise", "code of its own"),
     ],
 )
 def test_a_hub_id_that_can_t_be_served_is_refused_by_name_before_any_download(cls, name, said):
