@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
@@ -34,6 +34,10 @@ class BGECrossEncoder(LayerFields, ServedModelFields, BaseCrossEncoder):
         [0.9979]
     """
 
+    priority: Literal["interactive", "background"] = "interactive"
+    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
+    for."""
+
     normalize: bool = Field(default=True, frozen=True)
     """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits."""
 
@@ -59,7 +63,7 @@ class BGECrossEncoder(LayerFields, ServedModelFields, BaseCrossEncoder):
         Raises:
             BGEError: As `bge_core.Reranker.score_pairs` says.
         """
-        scores: list[float] = self._core.score_pairs(text_pairs, priority="interactive").tolist()
+        scores: list[float] = self._core.score_pairs(text_pairs, priority=self.priority).tolist()
         return scores
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
@@ -61,6 +61,10 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
 
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     """The least score to keep, itself included; None for any."""
+
+    priority: Literal["interactive", "background"] = "interactive"
+    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
+    for."""
 
     normalize: bool = Field(default=True, frozen=True)
     """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
@@ -173,6 +177,7 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
             _texts(documents),
             top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
             score_threshold=self.score_threshold,
+            priority=self.priority,
         )
         return _results(ranked)
 
@@ -189,6 +194,7 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
             _texts(documents),
             top_n=self.top_n if isinstance(top_n, EllipsisType) else top_n,
             score_threshold=self.score_threshold,
+            priority=self.priority,
         )
         return _results(ranked)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
@@ -71,6 +71,10 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     """The least score to give, itself included; None for any."""
 
+    priority: Literal["interactive", "background"] = "interactive"
+    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
+    for."""
+
     normalize: bool = Field(default=True, frozen=True)
     """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
     effect with bge-m3, whose scores are about 0 to 1 in any case."""
@@ -110,7 +114,11 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
         with self._event(nodes, query) as result:
             positions, texts = self._texts(nodes)
             ranked = self._core.rank(
-                query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
+                query.query_str,
+                texts,
+                top_n=self.top_n,
+                score_threshold=self.score_threshold,
+                priority=self.priority,
             )
             result.extend(self._result(nodes, positions, ranked))
         return result
@@ -123,7 +131,11 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
         with self._event(nodes, query) as result:
             positions, texts = self._texts(nodes)
             ranked = await self._core.arank(
-                query.query_str, texts, top_n=self.top_n, score_threshold=self.score_threshold
+                query.query_str,
+                texts,
+                top_n=self.top_n,
+                score_threshold=self.score_threshold,
+                priority=self.priority,
             )
             result.extend(self._result(nodes, positions, ranked))
         return result

@@ -98,9 +98,50 @@ def mteb_predicts(folders: dict[str, Path]) -> tuple[Any, Callable[[], Any], Cal
     return model, job, lambda: model.rank("q", ["p"])
 
 
+def langchain_reranks(
+    folders: dict[str, Path],
+) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+    from langchain_bge import BGEReranker
+
+    model = BGEReranker(model=folders["reranker"], priority="background", top_n=None)
+    live = Reranker(folders["reranker"])
+    texts = [passage for _, passage in PAIRS]
+    return model, lambda: model.rerank(texts, "q"), lambda: live.rank("q", ["p"])
+
+
+def langchain_scores(
+    folders: dict[str, Path],
+) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+    from langchain_bge import BGECrossEncoder
+
+    model = BGECrossEncoder(model=folders["m3"], priority="background")
+    live = BGECrossEncoder(model=folders["m3"])
+    return model, lambda: model.score(PAIRS), lambda: live.score([("q", "p")])
+
+
+def llamaindex_reranks(
+    folders: dict[str, Path],
+) -> tuple[Any, Callable[[], Any], Callable[[], Any]]:
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    from llamaindex_bge import BGEReranker
+
+    job = BGEReranker(model=str(folders["reranker"]), priority="background", top_n=None)
+    live = BGEReranker(model=str(folders["reranker"]))
+    nodes = [NodeWithScore(node=TextNode(text=passage)) for _, passage in PAIRS]
+    return (
+        job,
+        lambda: job.postprocess_nodes(nodes, query_str="q"),
+        lambda: live.postprocess_nodes(nodes[:1], query_str="q"),
+    )
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        langchain_reranks,
+        langchain_scores,
+        llamaindex_reranks,
         score_pairs,
         score_for_a_job,
         windows_of_a_job,
