@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import html
 import json
 import math
 import os
-import re
-import reprlib
 import ssl
 import threading
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -26,6 +20,14 @@ from urllib.request import getproxies, proxy_bypass
 from bge_core import arguments
 from bge_core.engine.process import on_fork
 from bge_core.errors import ArgumentError, EndpointError, InputTypeError
+from bge_core.servers.answers import (
+    ERROR_BYTES,
+    Answer,
+    mask,
+    plain_line,
+    retry_after,
+    short_repr,
+)
 from bge_core.servers.protocols import UnreadableAnswerError, error_message, hint_for
 
 if TYPE_CHECKING:
@@ -48,8 +50,6 @@ _RETRYABLE = (429, 502, 503, 504)
 _AT_ONCE = 256
 # Of the connections of a burst, so many are kept open for the next requests.
 _KEPT_ALIVE = 20
-# What is read of an answer that says that the request failed.
-_ERROR_BYTES = 1 << 14
 # What a chunk counts at least: each takes its time, however small it is.
 _LEAST_BYTES = 64
 # An answer of so many bytes is read on the event loop: handing it over would take longer.
@@ -154,7 +154,7 @@ class Endpoint:
             else:
                 if answer.is_success:
                     return await self._read(path, answer, read, largest)
-                asked = _retry_after(answer.headers)
+                asked = retry_after(answer.headers)
                 too_long = asked > _LONGEST_WAIT
                 said, hint, text = self._describe_error(answer)
                 if too_long:
@@ -176,13 +176,13 @@ class Endpoint:
             EndpointError: There is none.
         """
         try:
-            answer = await self._send("GET", path, b"", _ERROR_BYTES)
+            answer = await self._send("GET", path, b"", ERROR_BYTES)
         except _UnreachableError as exc:
             raise self.failed(exc.said, "", path) from self._shareable(exc.cause)
         if not answer.is_success:
             said, hint, _ = self._describe_error(answer)
             raise self.failed(said, hint, path)
-        return await self._read(path, answer, lambda found: found, _ERROR_BYTES)
+        return await self._read(path, answer, lambda found: found, ERROR_BYTES)
 
     def failed(self, said: str, hint: str, path: str = "") -> EndpointError:
         """Make the error of a failure.
@@ -199,7 +199,7 @@ class Endpoint:
         hint = "Is it a text-embeddings-inference or Infinity server, with no proxy that answers?"
         return self.failed(f"gave an answer that can't be used: {found}", hint, path)
 
-    async def _send(self, method: str, path: str, content: bytes, largest: int) -> _Answer:
+    async def _send(self, method: str, path: str, content: bytes, largest: int) -> Answer:
         """Ask once.
 
         Raises:
@@ -295,14 +295,14 @@ class Endpoint:
             raise self.failed(said, hint) from None
         return make
 
-    async def _collect(self, path: str, response: httpx.Response, largest: int) -> _Answer:
+    async def _collect(self, path: str, response: httpx.Response, largest: int) -> Answer:
         """Read an answer as it was sent, and no more of it than it can have.
 
         Raises:
             EndpointError: There is more.
         """
         body = bytearray()
-        limit = largest if response.is_success else _ERROR_BYTES
+        limit = largest if response.is_success else ERROR_BYTES
         left = limit
         raw = cast("AsyncGenerator[bytes, None]", response.aiter_raw())
         async with contextlib.aclosing(raw) as parts:
@@ -315,7 +315,7 @@ class Endpoint:
                     break
                 # Much that came at once is no reason to keep the others waiting.
                 await asyncio.sleep(0)
-        return _Answer(
+        return Answer(
             status=response.status_code,
             reason=response.reason_phrase,
             headers=response.headers,
@@ -325,7 +325,7 @@ class Endpoint:
     def _too_large(self, path: str, largest: int) -> EndpointError:
         return self.malformed(path, f"it is longer than {largest:,} bytes")
 
-    async def _read(self, path: str, answer: _Answer, read: Callable[[Any], T], largest: int) -> T:
+    async def _read(self, path: str, answer: Answer, read: Callable[[Any], T], largest: int) -> T:
         """Unpack and read an answer, off the event loop unless it is short.
 
         Raises:
@@ -342,7 +342,7 @@ class Endpoint:
         except OverflowError:
             raise self._too_large(path, largest) from None
         except UnreadableAnswerError as exc:
-            found = exc.found.replace("{}", self._shown(_repr(exc.value), 60))
+            found = exc.found.replace("{}", self._shown(short_repr(exc.value), 60))
             raise self.malformed(path, found) from None
         # What json says of nonsense, at its worst: ([[[[..., 10**5000, bytes of no encoding.
         except (ValueError, RecursionError, MemoryError, zlib.error):
@@ -350,13 +350,13 @@ class Endpoint:
             found = f"no JSON but {kind}, {self._shown(answer.text())!r}"
             raise self.malformed(path, found) from None
 
-    def _describe_error(self, answer: _Answer) -> tuple[str, str, str]:
+    def _describe_error(self, answer: Answer) -> tuple[str, str, str]:
         """Say what a failure is, what to do, and all of the server's words."""
         text = answer.text()
         message: Any = text
         with contextlib.suppress(ValueError, RecursionError):
             message = error_message(json.loads(text))
-        words = message if isinstance(message, str) else _repr(message) if message else ""
+        words = message if isinstance(message, str) else short_repr(message) if message else ""
         reason = self._shown(answer.reason, 60)
         said = f"answered {answer.status} {reason}".rstrip()
         if words.strip():
@@ -375,9 +375,7 @@ class Endpoint:
 
     def _shown(self, found: object, most: int = 200) -> str:
         """Make what came from outside short and plain, without tags and without the token."""
-        text = html.unescape(_TAG.sub(" ", str(found)))
-        text = "".join(character if character.isprintable() else " " for character in text)
-        text = self._masked(" ".join(text.split()))
+        text = self._masked(plain_line(found))
         return text if len(text) <= most else f"{text[:most]}..."
 
     def _named(self, exc: BaseException) -> str:
@@ -385,7 +383,7 @@ class Endpoint:
         return f"{type(exc).__name__}: {words}" if words else type(exc).__name__
 
     def _masked(self, text: str) -> str:
-        return text if self._api_key is None else _masked(text, self._api_key)
+        return text if self._api_key is None else mask(text, self._api_key)
 
     def _shareable(self, exc: BaseException) -> BaseException | None:
         """Give a cause that a traceback may show: one without the token."""
@@ -400,64 +398,6 @@ class _UnreachableError(Exception):
         super().__init__(said)
         self.said = said
         self.cause = cause
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """An answer as it was sent.
-
-    Attributes:
-        status: The HTTP status.
-        reason: The words behind it.
-        headers: The headers.
-        body: The bytes, packed if a header says so.
-    """
-
-    status: int
-    reason: str
-    headers: httpx.Headers
-    body: bytes
-
-    @property
-    def is_success(self) -> bool:
-        return 200 <= self.status < 300
-
-    @property
-    def encoding(self) -> str:
-        """How the body is packed; empty for not at all."""
-        encoding = self.headers.get("content-encoding", "").strip().lower()
-        return "" if encoding == "identity" else encoding
-
-    def unpacked(self, largest: int) -> bytes:
-        """Give the body as it was before it was packed.
-
-        Raises:
-            OverflowError: It has more than `largest` bytes.
-            UnreadableAnswerError: It is packed in a way that wasn't asked for.
-            zlib.error: It is damaged.
-        """
-        if not self.encoding:
-            return self.body
-        if self.encoding not in ("gzip", "x-gzip", "deflate"):
-            wrong = "its content-encoding is {}, and gzip or deflate was asked for"
-            raise UnreadableAnswerError(wrong, self.encoding)
-        # Both have a header that zlib knows; some send deflate without one.
-        bare = self.encoding == "deflate" and self.body[:1] and self.body[0] & 0x0F != 8
-        unpacking = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
-        body = unpacking.decompress(self.body, largest + 1)
-        if len(body) > largest:
-            raise OverflowError
-        if not unpacking.eof:
-            wrong = "it ends in the middle of what is packed"
-            raise UnreadableAnswerError(wrong)
-        return body
-
-    def text(self) -> str:
-        """Give the beginning of the body as text, for a message."""
-        body = self.body
-        with contextlib.suppress(OverflowError, UnreadableAnswerError, zlib.error):
-            body = self.unpacked(_ERROR_BYTES)
-        return body[:_ERROR_BYTES].decode(errors="replace")
 
 
 class _Connections:
@@ -574,60 +514,3 @@ def _checked_timeout(timeout: object) -> float:
         msg = f"timeout must be a number of seconds above 0, got {timeout!r}."
         raise ArgumentError(msg)
     return seconds
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Read how many seconds the server asks to be left alone; 0 where it says nothing."""
-    value = headers.get("retry-after", "").strip()
-    if len(value) > 40:
-        return 0.0
-    if value.isdecimal():
-        return float(value)
-    # A date of nonsense fails in many ways.
-    with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
-        when = parsedate_to_datetime(value)
-        if when.tzinfo is None:
-            when = when.replace(tzinfo=UTC)
-        return max(0.0, (when - datetime.now(UTC)).total_seconds())
-    return 0.0
-
-
-_TAG = re.compile(r"<[^<>]*>")
-# A character as it is, and as a repr writes it where it can't be shown.
-_SPELLINGS = (re.compile(r".", re.DOTALL), re.compile(r"\\x..|\\u....|\\U.{8}|\\.|.", re.DOTALL))
-
-
-def _masked(text: str, secret: str) -> str:
-    """Put three stars in a secret's place, whatever is strewn between its letters."""
-    text = text.replace(secret, "***")
-    wanted = "".join(_folded(letter) for letter in secret if letter.isalnum())
-    if len(wanted) < 4:  # would be found in every word
-        return text
-    for spelling in _SPELLINGS:
-        letters = [found for found in spelling.finditer(text) if found[0].isalnum()]
-        squeezed = "".join(_folded(found[0]) for found in letters)
-        kept, end, at = [], 0, squeezed.find(wanted)
-        while at >= 0:
-            kept.append(text[end : letters[at].start()])
-            end = letters[at + len(wanted) - 1].end()
-            at = squeezed.find(wanted, at + len(wanted))
-        text = "***".join([*kept, text[end:]])
-    return text
-
-
-def _folded(letter: str) -> str:
-    return letter.lower() if letter.isascii() else letter
-
-
-class _Repr(reprlib.Repr):
-    """Shows any JSON value in a line, however deep and long it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 3
-        self.maxlist = self.maxdict = 4
-        self.maxstring = self.maxother = 4096
-        self.maxlong = 40
-
-
-_repr = _Repr().repr
