@@ -83,3 +83,52 @@ def test_a_user_without_a_home_converts_for_openvino_all_the_same(script, en_fol
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("(1, 32)") == 2
+
+
+HUB = """
+import os, socket, threading
+address = socket.create_server(("127.0.0.1", 0))
+def serve():
+    while True:
+        try:
+            caller, _ = address.accept()
+        except OSError:
+            return
+        with caller:
+            caller.recv(65536)
+            caller.sendall(ANSWER.encode("latin-1"))
+threading.Thread(target=serve, daemon=True).start()
+os.environ.update(
+    HF_ENDPOINT=f"http://127.0.0.1:{address.getsockname()[1]}",
+    HF_HUB_OFFLINE="0",
+    NO_PROXY="127.0.0.1",
+)
+from bge_core import BGEError, Embedder
+try:
+    Embedder("acme/encoder", cache_folder=CACHE).embed_queries(["where?"])
+except BGEError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "NONSENSE\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Type: application/json\r\n\r\n[1]",
+        "HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Type: application/json\r\n\r\nnull",
+        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}",
+        "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nContent-Type: application/json\r\n\r\n{",
+        "HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\n\r\n",
+        "HTTP/1.1 500 Broken\r\nContent-Length: 0\r\n\r\n",
+        "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
+    ],
+    ids=["dropped", "garbage", "a list", "null", "empty", "cut", "redirects", "broken", "denied"],
+)
+def test_whatever_a_hub_answers_is_a_sentence(script, tmp_path, said):
+    """With the hub's own client, and a hub that it may reach."""
+    done = script(HUB, ANSWER=said, CACHE=tmp_path / "hub")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("CheckpointError model='acme/encoder' can't be found")
+    assert "the hub gave none" in done.stdout
