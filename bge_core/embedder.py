@@ -247,7 +247,9 @@ class Embedder(HasModel):
             _warn_of_no_instruction(self.model, self._model.profile)
         if prefix := template.query_prefix:
             queries = [prefix + query for query in queries]
-        call = Call(queries, around=(template.few_shot_prefix, template.query_suffix))
+        call = Call(
+            queries, prompt=prefix, around=(template.few_shot_prefix, template.query_suffix)
+        )
         yield from self._model.steps(call, priority=priority)
         return self._vectors(call.to_array()) if queries else (yield from self._no_vectors())
 
@@ -260,7 +262,7 @@ class Embedder(HasModel):
             return (yield from self._embed_windows(documents, priority, show_progress))
         if prefix := self._template.document_prefix:
             documents = [prefix + document for document in documents]
-        call = Call(documents)
+        call = Call(documents, prompt=prefix)
         with progress_bar(len(call.items), show=show_progress) as progress:
             yield from self._model.steps(call, priority=priority, progress=progress)
         return self._vectors(call.to_array()) if documents else (yield from self._no_vectors())
@@ -277,6 +279,7 @@ class Embedder(HasModel):
             def compute(windows: list[str], parts: set[str]) -> Steps[NDArray[np.float32]]:
                 call = Call(
                     [prefix + window for window in windows],
+                    prompt=prefix,
                     reports=False,
                     parts={prefix + part for part in parts},
                 )
@@ -298,17 +301,20 @@ class Embedder(HasModel):
         return np.empty((0, (yield from self._dimension())), dtype=np.float32)
 
     def _dimension(self) -> Steps[int]:
-        if (known := self._model.dimension) is not None:
-            return known
-        call = Call(["a"], reports=False)
-        yield from self._model.steps(call, priority="interactive")
-        return int(call.to_array().shape[1])
+        width, kept = self._model.dimension, self._model.truncate_dim
+        if width is None:
+            call = Call(["a"], reports=False)
+            yield from self._model.steps(call, priority="interactive")
+            width = int(call.to_array().shape[1])
+        return width if kept is None else min(width, kept)
 
     def _vectors(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             which = f"texts[{int(finite.argmin())}]"
             raise self._model.non_finite_error(which)
+        if (kept := self._model.truncate_dim) is not None:
+            rows = np.ascontiguousarray(rows[:, :kept])
         if self._normalize:
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
             rows /= np.maximum(lengths, np.finfo(np.float32).tiny)

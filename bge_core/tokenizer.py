@@ -102,6 +102,7 @@ class Tokenizer:
         lower_case: Whether the checkpoint asks for lower-cased text before the tokenizer
             (`do_lower_case` in sentence_bert_config.json).
         bos: The id of the token that a text begins with; None where there is none.
+        truncation_side: Which end of a text is cut, `"right"` or `"left"`.
         special_token_ids: Ids of the first, the last, the padding and the unknown token, which
             stand for no word of a text.
     """
@@ -113,6 +114,7 @@ class Tokenizer:
         pad: int = 0,
         lower_case: bool = False,
         bos: int | None = None,
+        truncation_side: str = "right",
         special_token_ids: AbstractSet[int] = frozenset(),
     ) -> None:
         backend.no_truncation()
@@ -121,6 +123,7 @@ class Tokenizer:
         self._pad = pad
         self._lower_case = lower_case
         self._bos = bos
+        self._keeps_end = truncation_side == "left"
         self.special_token_ids = frozenset(special_token_ids)
         single = backend.encode("a")
         self._prefix, self._suffix = _around(single.ids, single.special_tokens_mask)
@@ -217,7 +220,7 @@ class Tokenizer:
         kept, truncated = [], []
         for ids in self._ids(texts):
             truncated.append(len(ids) > room)
-            text = self._backend.decode(ids[:room], skip_special_tokens=False)
+            text = self._backend.decode(self._cut(ids, room), skip_special_tokens=False)
             kept.append(f"{before}{text}{after}")
         wholes = ([*self._prefix, *ids, *self._suffix] for ids in self._ids(kept))
         return [TokenSequence(whole, len(whole)) for whole in wholes], truncated
@@ -262,9 +265,10 @@ class Tokenizer:
         layouts = {}
         written = self._ids([lead + query for query in distinct])
         for query, ids in zip(distinct, written, strict=True):
-            before = [*first, *ids[:query_room], *between]
+            asked = self._cut(ids, query_room)
+            before = [*first, *asked, *between]
             if prompt is None:
-                size = room - len(ids[:query_room])
+                size = room - len(asked)
             else:
                 pair_room = min(max_length + len(tail), limit - len(tail))
                 size = max(min(max_length, pair_room - len(before)), 0)
@@ -289,7 +293,7 @@ class Tokenizer:
         for layout, ids in zip(layouts, self._ids(texts), strict=True):
             size = layout.max_text_tokens
             truncated.append(len(ids) > size or layout.query_truncated)
-            sequences.append(self.build_sequence(layout, ids[:size]))
+            sequences.append(self.build_sequence(layout, self._cut(ids, size)))
         return sequences, truncated
 
     def prompt_tail(self, prompt: PairPrompt) -> list[int]:
@@ -301,6 +305,14 @@ class Tokenizer:
         """Put a text's ids, which must fit, where they go."""
         whole = [*layout.before, *ids, *layout.after] or [self._pad]
         return TokenSequence(whole, len(layout.before) if layout.has_token_types else len(whole))
+
+    def prompt_length(self, prompt: str) -> int:
+        """Count what a prompt puts in front of a text: its tokens, and the special ones before."""
+        return len(self._prefix) + self.count([prompt])[0]
+
+    def _cut(self, ids: Sequence[int], size: int) -> Sequence[int]:
+        """Leave what fits of a text: its beginning, or its end where the checkpoint says so."""
+        return ids[max(len(ids) - size, 0) :] if self._keeps_end else ids[:size]
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Count each text's tokens, without special ones."""

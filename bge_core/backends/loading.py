@@ -102,6 +102,7 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
         pad=checkpoint.pad,
         lower_case=checkpoint.lower_case,
         bos=loaded.bos_token_id,
+        truncation_side=checkpoint.truncation_side,
         special_token_ids={mark for mark in marks if mark is not None},
     )
 

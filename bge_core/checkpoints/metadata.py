@@ -117,13 +117,14 @@ class Checkpoint:
         pooling: `"cls"`, `"mean"` or `"last"`; another mode's name where sentence-transformers'
             own modules have to run; None if the checkpoint doesn't say.
         plain: Transformer, pooling of all tokens and normalisation are all of it.
+        pools_prompts: Its pooling reads a prompt's tokens, too.
         routes: sentence-transformers' router sends queries and documents different ways in it.
         labels: Outputs of its classification head; 0 if it has none.
         hidden_size: Width of the last layer, which is a plain embedder's dimension.
         vocabulary: Tokens that the weights have an embedding for; 0 if it doesn't say.
         max_length: Tokens that it has positions for, special ones included.
         default_length: Tokens that are read unless the user says otherwise.
-        dimension: How many of a vector's numbers are kept (`truncate_dim`); None for all.
+        truncate_dim: How many of a vector's numbers are kept; None for all.
         padding_position: Where positions are counted from in the families of RoBERTa: the
             padding token's id. None where they start at 0.
         pad: The padding token's id.
@@ -143,13 +144,14 @@ class Checkpoint:
     profile: Profile | None
     pooling: str | None
     plain: bool
+    pools_prompts: bool
     routes: bool
     labels: int
     hidden_size: int
     vocabulary: int
     max_length: int
     default_length: int
-    dimension: int | None
+    truncate_dim: int | None
     padding_position: int | None
     pad: int
     lower_case: bool
@@ -244,13 +246,14 @@ def read(source: Source, folder: Path) -> Checkpoint:
         profile=profile,
         pooling=pooling,
         plain=_is_plain(modules) and whole and not _changes_model(reading),
+        pools_prompts=whole,
         routes=any(module.kind in ("Router", "Asym") for module in modules or ()),
         labels=labels,
         hidden_size=config.whole("hidden_size", config.whole("dim", 0, least=0), least=1),
         vocabulary=config.whole("vocab_size", 0, least=0),
         max_length=capacity,
         default_length=length,
-        dimension=settings.whole("truncate_dim", 0, least=1) or None,
+        truncate_dim=settings.whole("truncate_dim", 0, least=1) or None,
         padding_position=pad if of_roberta else None,
         pad=pad,
         lower_case=reading.flag("do_lower_case"),

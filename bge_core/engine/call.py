@@ -72,6 +72,7 @@ class Call(Generic[Item]):
         items: Sequence[Item],
         *,
         requested_outputs: frozenset[Output] | None = None,
+        prompt: str = "",
         around: tuple[str, str] = ("", ""),
         reports: bool = True,
         parts: Collection[Item] = frozenset(),
@@ -80,6 +81,7 @@ class Call(Generic[Item]):
         self.inverse = [index.setdefault(item, len(index)) for item in items]
         self.items: list[Item] = list(index)
         self.requested_outputs = requested_outputs
+        self.prompt = prompt
         self.around = around
         self.reports = reports
         self.parts = parts

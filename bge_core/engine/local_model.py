@@ -179,6 +179,11 @@ class LocalModel(Closeable):
         return self._pooling or self.checkpoint.pooling
 
     @property
+    def truncate_dim(self) -> int | None:
+        """How many of a vector's numbers are kept, where the checkpoint says it; None for all."""
+        return self.checkpoint.truncate_dim
+
+    @property
     def dimension(self) -> int | None:
         """Length of its vectors; None where modules of its own decide."""
         found = self.checkpoint
@@ -342,6 +347,19 @@ class LocalModel(Closeable):
             )
             raise ArgumentError(msg)
 
+    def _check_prompt(self, tokenizer: Tokenizer, prompt: str) -> None:
+        """Refuse a prompt that fills `max_length`: whatever stood behind it had one vector."""
+        taken = tokenizer.count([prompt])[0]
+        if self.checkpoint.truncation_side == "right" and (
+            taken + tokenizer.single_extra >= self.max_length
+        ):
+            msg = (
+                f"max_length={self.max_length} leaves no room for text: what is put in front of it "
+                f"takes {taken} tokens, and {tokenizer.single_extra} are special. Pass "
+                f"{taken + tokenizer.single_extra + 1} or more, or a shorter instruction."
+            )
+            raise ArgumentError(msg)
+
     def steps(
         self, call: Call[Any], *, priority: Priority, progress: Progress = None
     ) -> Steps[None]:
@@ -363,6 +381,8 @@ class LocalModel(Closeable):
         if not call.items:  # nothing needs no model
             return
         engine = self.loaded()
+        if call.prompt:
+            self._check_prompt(engine.tokenizer, call.prompt)
         ahead: deque[Future[Rows]] = deque()
         try:
             for sequences in self._slices(engine.tokenizer, call):
@@ -402,6 +422,9 @@ class LocalModel(Closeable):
                 with hold_interpreter_exit():
                     sequences, truncated = self._encode(tokenizer, call, call.items[part])
                 call.truncated += truncated
+            if call.prompt and not self.checkpoint.pools_prompts:
+                length = tokenizer.prompt_length(call.prompt)
+                sequences = [replace(sequence, prompt_length=length) for sequence in sequences]
             if call.requested_outputs is not None or call.parts:
                 sequences = [
                     replace(

@@ -65,6 +65,11 @@ class TextModel(Protocol):
         ...
 
     @property
+    def truncate_dim(self) -> int | None:
+        """How many of a vector's numbers are kept, where its checkpoint says it; None for all."""
+        ...
+
+    @property
     def dimension(self) -> int | None:
         """Length of its vectors, as far as its files say it."""
         ...

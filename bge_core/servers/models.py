@@ -199,6 +199,12 @@ class ServedModel(Closeable, Generic[Item]):
         return known.pair_prompt if known else None
 
     @property
+    def truncate_dim(self) -> int | None:
+        """How many of a vector's numbers are kept, where a folder on this machine says it."""
+        checkpoint = self.checkpoint()
+        return checkpoint.truncate_dim if checkpoint else None
+
+    @property
     def dimension(self) -> int | None:
         """Length of its vectors; None where neither its name nor its folder says it."""
         if checkpoint := self.checkpoint():
