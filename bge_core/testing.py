@@ -120,6 +120,7 @@ class FakeModel:
         self.model = model
         self.profile: Profile | None = find_served_profile(model)
         self.dimension: int | None = (self.profile and self.profile.dimension) or _DIMENSION
+        self.truncate_dim: int | None = None
         self.capacity = self.profile.max_length if self.profile else 512
         self.max_length = max_length or self.capacity
         self._closed = False

@@ -182,6 +182,19 @@ class Profile:
             )
             raise ArgumentError(msg)
         arguments.one_of("kind", self.kind, get_args(Kind))
+        self._check_texts()
+        arguments.whole_number("max_length", self.max_length)
+        if self.dimension is not None:
+            arguments.whole_number("dimension", self.dimension, instead=" or None")
+        arguments.one_of("half", self.half, get_args(Half))
+        if self.pooling is not None:
+            arguments.one_of("pooling", self.pooling, get_args(Pooling), instead=", or None")
+        for output in self.outputs:
+            arguments.one_of("outputs", output, get_args(Output))
+        self._check_parts()
+        self._check_against_kind()
+
+    def _check_texts(self) -> None:
         for name in ("query_format", "query_suffix", "example_format", "licence", "licence_note"):
             arguments.text(name, getattr(self, name))
         for name in ("query_instruction", "refusal"):
@@ -190,10 +203,6 @@ class Profile:
         if not arguments.text("family", self.family):
             msg = "family is empty: pass the model_type that config.json has, such as 'bert'."
             raise ArgumentError(msg)
-        arguments.whole_number("max_length", self.max_length)
-        if self.dimension is not None:
-            arguments.whole_number("dimension", self.dimension, instead=" or None")
-        arguments.one_of("half", self.half, get_args(Half))
         # A str is a sequence of str, too.
         for name in ("languages", "outputs"):
             value = getattr(self, name)
@@ -201,10 +210,8 @@ class Profile:
                 msg = f"{name} must be a tuple of str, got {value!r:.60}."
                 raise InputTypeError(msg)
             object.__setattr__(self, name, tuple(arguments.texts(name, value)))
-        for output in self.outputs:
-            arguments.one_of("outputs", output, get_args(Output))
-        if self.pooling is not None:
-            arguments.one_of("pooling", self.pooling, get_args(Pooling), instead=", or None")
+
+    def _check_parts(self) -> None:
         if not isinstance(self.tasks, Mapping) or not all(
             isinstance(name, str) and isinstance(task, TaskInstruction)
             for name, task in self.tasks.items()
@@ -223,7 +230,6 @@ class Profile:
             _check_format(
                 "example_format", self.example_format, {"query", "response"}, {"instruct"}
             )
-        self._check_against_kind()
 
     def _check_against_kind(self) -> None:
         if self.kind == "embedder":
