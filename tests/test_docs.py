@@ -116,8 +116,9 @@ def test_the_api_reference_has_every_public_name(package: str) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(rf"^::: {re.escape(package)}\.(\w+)$", text, re.MULTILINE)
     named += re.findall(rf"`{re.escape(package)}\.(__version__)`", text)
-    public = set(importlib.import_module(package).__all__)
-    assert sorted(named) == sorted(public)
+    # A module there, such as `testing`, is shown with all that is in it.
+    named = [name for name in named if not (ROOT / package / f"{name}.py").exists()]
+    assert sorted(named) == sorted(importlib.import_module(package).__all__)
 
 
 def messages() -> list[str]:
