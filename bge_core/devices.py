@@ -172,7 +172,7 @@ def _check_device(name: str) -> None:
 
 
 def _one_name(name: str) -> str:
-    """Give "cpu:0" and "cpu" one name, "cuda" and "cuda:0" another, so that models are shared."""
+    """Return one name for "cpu:0" and "cpu", and one for "cuda" and "cuda:0": models are shared."""
     import torch
 
     kind, _, index = name.partition(":")

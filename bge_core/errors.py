@@ -68,13 +68,13 @@ class EndpointError(BGEError, ConnectionError):
 
 
 def closed_error(model: str) -> ClosedError:
-    """Say that a model was closed before it was asked."""
+    """Return the error that says that a model was closed before it was asked."""
     msg = f"The model {model!r} is closed: make a new one to compute with it."
     return ClosedError(msg)
 
 
 def closed_while_waiting_error(model: str) -> ClosedError:
-    """Say that a model was closed under somebody who waited."""
+    """Return the error that says that a model was closed under somebody who waited."""
     msg = f"The model {model!r} was closed before this work was done."
     return ClosedError(msg)
 

@@ -66,7 +66,7 @@ _PROFILES = "registered_profiles"
 
 
 def _plain(value: object) -> object:
-    """Give the name of a torch dtype or device; torch itself is not imported."""
+    """Return the name of a torch dtype or device; torch itself is not imported."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if type(value).__module__.partition(".")[0] == "torch":
@@ -244,7 +244,7 @@ class LocalModelFields(BaseModel, ContextManaged):
         return resolved_settings(self._core)
 
     def close(self) -> None:
-        """Let go of the model; the weights are freed when nobody else holds them."""
+        """Release the model; the weights are freed when nobody else holds them."""
         self._core.close()
 
     def model_copy(
@@ -275,7 +275,7 @@ class LocalModelFields(BaseModel, ContextManaged):
         return self.model_copy()
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether both are of one class and one configuration."""
+        """Return whether both are of one class and one configuration."""
         if not isinstance(other, LocalModelFields) or type(other) is not type(self):
             return NotImplemented
         return self._compared() == other._compared()
@@ -286,11 +286,11 @@ class LocalModelFields(BaseModel, ContextManaged):
         return hash((type(self), *((name, repr(value)) for name, value in frozen)))
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Give the fields: never the model, which is made anew at first use."""
+        """Return the fields: never the model, which is made anew at first use."""
         return with_profiles({**super().__getstate__(), "__pydantic_private__": {"_made": None}})
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Take fields; the model is made at first use."""
+        """Restore fields; the model is made at first use."""
         super().__setstate__(without_profiles(state))
 
     @classmethod
@@ -321,15 +321,15 @@ class LocalModelFields(BaseModel, ContextManaged):
         raise NotImplementedError
 
     def _options(self) -> dict[str, Any]:
-        """Give the fields of this class as the core's keywords."""
+        """Return the fields of this class as the core's keywords."""
         return {name: _revealed(getattr(self, name)) for name in LocalModelFields.model_fields}
 
     def _copied_fields(self) -> dict[str, Any]:
-        """Give what a copy is made of."""
+        """Return what a copy is made of."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
     def _compared(self) -> dict[str, Any]:
-        """Give what makes two adapters equal."""
+        """Return what makes two adapters equal."""
         names = (name for name in type(self).model_fields if name not in self._not_compared)
         return {name: getattr(self, name) for name in names}
 
@@ -394,7 +394,7 @@ class ResolvedSettings:
 
 
 def resolved_settings(core: Embedder | M3Embedder | Scorer) -> ResolvedSettings:
-    """Ask a model what is in effect."""
+    """Return what is in effect for a model."""
     query = document = pooling = dimension = None
     owner = cast("HasModel", core._embedder if isinstance(core, M3Reranker) else core)
     local = owner.local if owner.is_local else None
@@ -466,7 +466,7 @@ def _revealed(value: Any) -> Any:
 
 
 def _signature(owner: type[LocalModelFields]) -> inspect.Signature:
-    """Give the constructor's arguments with their types in plain words, as `help()` shows them."""
+    """Return the constructor's arguments, with types in plain words, as `help()` shows them."""
     return inspect.Signature(
         [
             inspect.Parameter(
@@ -481,7 +481,7 @@ def _signature(owner: type[LocalModelFields]) -> inspect.Signature:
 
 
 def _ordered(owner: type[LocalModelFields]) -> list[tuple[str, FieldInfo]]:
-    """Give the fields as a reader wants them: the model, what is the class's own, what all have."""
+    """Return the fields in a reader's order: the model, the class's own, the shared ones."""
     shared = ServedModelFields.model_fields
     return sorted(
         owner.model_fields.items(),
@@ -535,7 +535,7 @@ _SECRET = ("api_key", "encode_kwargs", "endpoint", "model_kwargs", "token")
 def check_argument_names(
     owner: str, arguments: Mapping[str, Any], *, known: Collection[str], renamed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Give the arguments that a class has; another class's defaults, spelt out, are no matter.
+    """Return the arguments that a class has; another class's defaults, spelt out, are no matter.
 
     Args:
         owner: The class's name.
@@ -578,7 +578,7 @@ def refuse_positional(owner: str, given: Sequence[object], *, first: str) -> Non
 
 
 def validation_error(owner: str, report: Iterable[Mapping[str, Any]]) -> ArgumentError:
-    """Say on one line what pydantic says on several.
+    """Return an error that says on one line what pydantic says on several.
 
     Args:
         owner: The class's name.
@@ -597,7 +597,7 @@ def validation_error(owner: str, report: Iterable[Mapping[str, Any]]) -> Argumen
 
 
 def frozen_field_error(owner: str, name: str) -> ArgumentError:
-    """Say that an argument can't be changed afterwards."""
+    """Return the error that says that an argument can't be changed afterwards."""
     return ArgumentError(
         f"{name} of a {owner} can't be changed, since its model was made with it: make another "
         f"with model_copy(update={{{name!r}: ...}}), which shares the weights where it can."

@@ -88,7 +88,7 @@ class LayerOptions:
         )
 
     def resolve(self, model: str, heads: LayerHeads | None) -> Depth | None:
-        """Say what is computed of a checkpoint; None for one without such scores.
+        """Return what is computed of a checkpoint; None for one without such scores.
 
         Args:
             model: The hub id or folder, for messages.

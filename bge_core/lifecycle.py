@@ -99,7 +99,7 @@ class Closeable(ContextManaged):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a configuration; what else is needed is made at first use."""
+        """Restore a configuration; what else is needed is made at first use."""
         self.__dict__.update(state)
         self._init_process_state()
 

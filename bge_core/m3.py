@@ -106,7 +106,7 @@ class M3Weights:
         return cls(**weights)
 
     def named(self) -> dict[Output, float]:
-        """Give the weights by output."""
+        """Return the weights by output."""
         return {"dense": self.dense, "sparse": self.sparse, "multi_vector": self.multi_vector}
 
     @property
@@ -247,11 +247,11 @@ class M3Embedder(HasModel):
 
         Args:
             texts: Queries or documents; an empty one is encoded as the model itself would.
-            dense: Give dense vectors.
-            sparse: Give token weights.
-            multi_vector: Give a vector a token: 4 kB each in bge-m3, half a gigabyte for 250
+            dense: Return dense vectors.
+            sparse: Return token weights.
+            multi_vector: Return a vector a token: 4 kB each in bge-m3, half a gigabyte for 250
                 texts of 512 tokens.
-            return_tokens: Give the weighted tokens as text as well.
+            return_tokens: Return the weighted tokens as text as well.
             priority: `"interactive"` for what somebody waits for, `"background"` for documents.
             show_progress: Show a progress bar.
 
@@ -360,7 +360,7 @@ class M3Embedder(HasModel):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a configuration."""
+        """Restore a configuration."""
         self.__dict__.update(state)
         self._init_process_state()
 

@@ -288,7 +288,7 @@ class Reranker(HasModel, Scorer):
 
     Args:
         model: A hub id (`"BAAI/bge-reranker-base"`) or a folder.
-        normalize: Give the sigmoid of the logit, from 0 to 1, each score for itself. False gives
+        normalize: Return the sigmoid of the logit, from 0 to 1, each score for itself. False gives
             the raw logit of the model card, unbounded. The order is the same.
         long_passages: What happens with a passage that doesn't fit: `"truncate"` reads its
             beginning; `"window"` scores overlapping windows of it and takes the best, so that

@@ -169,7 +169,7 @@ class FakeModel:
         yield from ()
 
     def report_truncation(self, what: str, truncated: int, total: int) -> None:
-        """Say nothing: nothing is truncated."""
+        """Do nothing: nothing is truncated."""
 
     def non_finite_error(self, which: str) -> ComputationError:
         """Return the error of a real model."""
@@ -224,7 +224,7 @@ def _words(text: str) -> list[str]:
 
 
 def _logit(query: str, passage: str) -> NDArray[np.float32]:
-    """Say how many of the query's words the passage has, and how few others."""
+    """Return how many of the query's words the passage has, and how few others."""
     asked, read = set(_words(query)), set(_words(passage))
     shared = len(asked & read)
     found = shared / max(len(asked), 1)

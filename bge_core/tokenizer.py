@@ -337,11 +337,11 @@ class Tokenizer:
             yield self._original_offsets(text, encoding.offsets)
 
     def first_id(self, word: str) -> int:
-        """Give a word's first token."""
+        """Return a word's first token."""
         return next(iter(self._ids([word])))[0]
 
     def text_of(self, token_id: int) -> str:
-        """Give a token's text, as the vocabulary spells it."""
+        """Return a token's text, as the vocabulary spells it."""
         return self._backend.id_to_token(token_id) or ""
 
     def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
@@ -385,7 +385,7 @@ def _between(ids: list[int], special: list[int]) -> tuple[list[int], list[int], 
 
 
 def can_check_inline(items: object) -> bool:
-    """Say whether an event loop can check what came in itself."""
+    """Return whether an event loop can check what came in itself."""
     return isinstance(items, (list, tuple)) and len(items) <= _FEW_TEXTS
 
 

@@ -47,7 +47,7 @@ class LocalModelComponent(LocalModelFields, BaseComponent):
     )
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Give the fields: never the weights, and no service that can't leave the process.
+        """Return the fields: never the weights, and no service that can't leave the process.
 
         BaseComponent would delete what can't be pickled from the living object, too.
         """
@@ -66,7 +66,7 @@ class LocalModelComponent(LocalModelFields, BaseComponent):
         return with_profiles(state)
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Take fields; the model is made at first use.
+        """Restore fields; the model is made at first use.
 
         An error here would be lost: a pool's worker that can't read its task dies in silence, and
         the pool starts another one for ever.

@@ -81,7 +81,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
 
     @classmethod
     def class_name(cls) -> str:
-        """Give the name that LlamaIndex writes beside a configuration."""
+        """Return the name that LlamaIndex writes beside a configuration."""
         return "BGEEmbedding"
 
     @property
@@ -98,7 +98,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
         return {"class_name": self.class_name(), **{name: getattr(self, name) for name in shown}}
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Give the configuration, and what it comes to on this machine.
+        """Return the configuration, and what it comes to on this machine.
 
         Two entries are no arguments, and `from_dict` passes over them: `fingerprint`, of a local
         folder's content (a hub id stands for its own: pin it with `revision`), and

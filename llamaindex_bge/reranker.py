@@ -97,7 +97,7 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """Give the name that LlamaIndex writes beside a configuration."""
+        """Return the name that LlamaIndex writes beside a configuration."""
         return "BGEReranker"
 
     def _make_core(self) -> Scorer:
@@ -166,7 +166,7 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
             dispatcher.event(ReRankEndEvent(nodes=result))
 
     def _texts(self, nodes: Sequence[NodeWithScore]) -> tuple[list[int], list[str]]:
-        """Give the positions of the nodes that have a text, and what is scored of them."""
+        """Return the positions of the nodes that have a text, and what is scored of them."""
         positions = [
             position
             for position, node in enumerate(nodes)

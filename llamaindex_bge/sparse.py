@@ -42,7 +42,7 @@ class BGESparseEmbedding(EmbeddingComponent, BaseSparseEmbedding):  # type: igno
 
     @classmethod
     def class_name(cls) -> str:
-        """Give the name that LlamaIndex writes beside a configuration."""
+        """Return the name that LlamaIndex writes beside a configuration."""
         return "BGESparseEmbedding"
 
     def to_payload(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class BGESparseEmbedding(EmbeddingComponent, BaseSparseEmbedding):  # type: igno
         return {"class_name": self.class_name(), **{name: getattr(self, name) for name in shown}}
 
     def similarity(self, embedding1: SparseEmbedding, embedding2: SparseEmbedding) -> float:
-        """Give bge-m3's own lexical score, a dot product; the host's cosine ranks differently."""
+        """Return bge-m3's own lexical score, a dot product; the host's cosine ranks differently."""
         shared = embedding1.keys() & embedding2.keys()
         return float(sum(embedding1[token] * embedding2[token] for token in shared))
 

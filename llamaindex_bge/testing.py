@@ -35,7 +35,7 @@ class FakeBGEEmbedding(BGEEmbedding):
 
     @classmethod
     def class_name(cls) -> str:
-        """Give the name that LlamaIndex writes beside a configuration."""
+        """Return the name that LlamaIndex writes beside a configuration."""
         return "FakeBGEEmbedding"
 
 
@@ -58,5 +58,5 @@ class FakeBGEReranker(BGEReranker):
 
     @classmethod
     def class_name(cls) -> str:
-        """Give the name that LlamaIndex writes beside a configuration."""
+        """Return the name that LlamaIndex writes beside a configuration."""
         return "FakeBGEReranker"

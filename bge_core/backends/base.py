@@ -86,7 +86,7 @@ def padded_inputs(
 
 
 def takes_types(encoder: Any) -> bool:
-    """Say whether a model takes token types."""
+    """Return whether a model takes token types."""
     return (getattr(encoder.config, "type_vocab_size", None) or 0) > 0
 
 
@@ -136,5 +136,5 @@ def default_budget(config: Any, device: torch.device, dtype: str) -> int:
 
 
 def to_numpy(rows: Tensor) -> NDArray[np.float32]:
-    """Bring rows to the caller's side, float32."""
+    """Copy rows to the CPU as float32."""
     return rows.float().cpu().numpy()

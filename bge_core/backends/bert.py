@@ -187,7 +187,7 @@ def load_bert(
 
 
 def _shape(config: Mapping[str, Any]) -> _Shape | None:
-    """Give the sizes of what this module computes; None for anything that goes beyond it."""
+    """Return the sizes of what this module computes; None for anything that goes beyond it."""
     beyond = (
         "add_cross_attention",
         "auto_map",
@@ -221,7 +221,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[str, Tensor]:
-    """Give the tensors their names here; those that aren't needed stay behind.
+    """Rename the tensors for this module; those that it doesn't need are left out.
 
     Raises:
         KeyError: One is missing.

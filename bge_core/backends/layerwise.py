@@ -186,7 +186,7 @@ class _Decoder(torch.nn.Module):
         self.head = torch.nn.Linear(shape.hidden_size, 1, bias=False)
 
     def embedded(self, pack: Pack) -> Tensor:
-        """Give the embedding of every token, [rows, hidden]."""
+        """Return the embedding of every token, [rows, hidden]."""
         hidden: Tensor = self.embed_tokens(pack.inputs()["input_ids"][0])
         # In the weights' number format, as the models were trained.
         return hidden * torch.tensor(
@@ -194,7 +194,7 @@ class _Decoder(torch.nn.Module):
         )
 
     def turns(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Give cosine and sine of every token's rotary position, each [rows, 1, head_dim / 2]."""
+        """Return cosine and sine of every token's rotary position, each [rows, 1, head_dim / 2]."""
         positions = pack.inputs()["position_ids"][0]
         steps = torch.arange(0, self.shape.head_dim, 2, device=positions.device).float()
         speeds = 1.0 / (self.shape.theta ** (steps / self.shape.head_dim))
@@ -369,7 +369,7 @@ def _shape(checkpoint: Checkpoint, heads: LayerHeads, depth: Depth) -> _Shape:
 
 
 def _windows(config: JsonFile, layers: int) -> tuple[int | None, ...]:
-    """Say how far each layer of Gemma 2 sees: every other one not far."""
+    """Return how far each layer of Gemma 2 sees: every other one not far."""
     window = config.whole("sliding_window", 4096)
     kinds = config.values.get("layer_types") or ["sliding_attention", "full_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])

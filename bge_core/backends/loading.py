@@ -341,7 +341,7 @@ def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:
 
 
 def out_of_memory_error(name: str, device: object) -> ComputationError:
-    """Say that a model doesn't fit on a device."""
+    """Return the error that says that a model doesn't fit on a device."""
     msg = (
         f"{name!r} doesn't fit into the memory of device={str(device)!r}: pass dtype='float16' or "
         "'bfloat16', another device, or free memory there."
@@ -403,7 +403,7 @@ def _unreadable(
 
 
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:
-    """Give an error and what it came of."""
+    """Return an error and what it came of."""
     while exc is not None:
         yield exc
         exc = exc.__context__

@@ -108,7 +108,7 @@ class M3Heads:
         return [_shape(sequence, row) for sequence, row in zip(sequences, rows, strict=True)]
 
     def _taken(self, sequence: TokenSequence) -> M3Row | None:
-        """Give a row that another asker's pass left, where it is all that is wanted."""
+        """Return the cached row of another caller's pass, where it is all that is requested."""
         wanted = _wanted(sequence)
         if not sequence.shares_outputs or len(wanted) > 1 or not wanted <= _SHARED:
             return None
@@ -159,7 +159,7 @@ class M3Heads:
         return vectors
 
     def _leave(self, sequence: TokenSequence, row: M3Row) -> None:
-        """Keep what was computed and not asked for, for the next asker."""
+        """Cache the output that was computed and not requested, for the next caller."""
         if not sequence.shares_outputs or row.sparse is None or row.dense is None:
             return
         computed: dict[Output, CachedOutput] = {"dense": (row.dense,), "sparse": row.sparse}
@@ -191,7 +191,7 @@ def _wanted(sequence: TokenSequence) -> frozenset[Output]:
 
 
 def _shape(sequence: TokenSequence, row: M3Row) -> Any:
-    """Give what a sequence asked for, and nothing that came along."""
+    """Return the requested outputs of a sequence only."""
     outputs = sequence.requested_outputs
     if outputs is None:
         return row.dense
@@ -205,7 +205,7 @@ def _shape(sequence: TokenSequence, row: M3Row) -> Any:
 def _strongest(
     ids: Sequence[int], weights: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Give each distinct id its greatest weight, and leave out those without one."""
+    """Return each distinct id with its greatest weight; ids without one are left out."""
     distinct, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
     strongest = np.zeros(len(distinct), dtype=np.float32)
     with np.errstate(invalid="ignore"):

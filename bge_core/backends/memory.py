@@ -24,7 +24,7 @@ _SAID = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that a device's memory, or the machine's, ran out."""
+    """Return whether an error means that a device's memory, or the machine's, ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):
@@ -34,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_cached_memory() -> None:
-    """Have torch return what its allocators keep, so that a smaller pack finds room."""
+    """Make torch return what its allocators keep, so that a smaller pack finds room."""
     with contextlib.suppress(Exception):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -79,7 +79,7 @@ def _is_gelu(module: torch.nn.Module) -> bool:
 
 @cache
 def _works() -> bool:
-    """Say whether the operators give what torch's own layers do."""
+    """Return whether the operators give what torch's own layers do."""
     with torch.random.fork_rng(devices=[]):  # the random numbers are the user's
         linear = torch.nn.Linear(8, 8)
     rows = torch.linspace(-1, 1, 24).view(1, 3, 8)

@@ -164,7 +164,7 @@ def _kept_at(
     version: str,
     cache_folder: str | None,
 ) -> Path | None:
-    """Give the converted model's place; None for a user who has no home, and so no cache."""
+    """Return the converted model's place; None for a user who has no home, and so no cache."""
     if cache_folder:
         root = Path(cache_folder)
     elif kept := os.environ.get("XDG_CACHE_HOME"):
@@ -180,7 +180,7 @@ def _kept_at(
 
 @contextlib.contextmanager
 def _some_home() -> Iterator[None]:
-    """Give a user without a home the folder for temporary files: OpenVINO's telemetry wants one."""
+    """Set the temporary folder as the home of a user without one: OpenVINO's telemetry needs it."""
     try:
         Path.home()
     except RuntimeError:

@@ -90,7 +90,7 @@ class OutputCache:
         return len(self._outputs)
 
     def clear_unless_shared(self) -> None:
-        """Let go of everything when nobody is there to ask for it."""
+        """Release everything when nobody is left to ask for it."""
         if self._outputs and not self.is_shared:
             with self._lock:
                 self._outputs.clear()
@@ -116,7 +116,7 @@ class OutputCache:
                 self._size -= _bytes(oldest)
 
     def take(self, ids: Sequence[int], output: Output) -> CachedOutput | None:
-        """Give an output and forget it; None where it is not here."""
+        """Return an output and forget it; None where it is not here."""
         if not self._outputs:
             return None
         key = _key(ids, output)

@@ -131,19 +131,19 @@ class Pack:
         positions += pad
 
     def first_token_indices(self) -> Tensor:
-        """Give the row of each sequence's first token, [n] int64, or more of few sizes."""
+        """Return the row of each sequence's first token, [n] int64, or more of few sizes."""
         count = len(self.sequences)
         rows = np.zeros(self._padded_size(count), dtype=np.int64)
         rows[:count] = self._bounds[:-1]
         return self._tensor(rows)
 
     def last_token_indices(self) -> Tensor:
-        """Give the row of each sequence's last token, [n] int64."""
+        """Return the row of each sequence's last token, [n] int64."""
         return self._tensor(self._bounds[1:] - 1)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """Give 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
+        """Return 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
         return self._tensor(self._bounds.astype(np.int32))
 
     def _padded_size(self, rows: int) -> int:
@@ -185,7 +185,7 @@ def round_up_to_bucket(rows: int) -> int:
 def next_batch_end(
     lengths: Sequence[int], *, start: int, limit: int, padded: bool, packed: BatchSize | None = None
 ) -> int:
-    """Say how far a batch that goes on at `start` may go.
+    """Return how far a batch that goes on at `start` may go.
 
     Args:
         lengths: Sequence lengths, sorted.
@@ -304,7 +304,7 @@ def _joined(parts: list[Tensor], queries: Tensor) -> Tensor:
 
 
 def _varlen(query: Tensor) -> Any:
-    """Give CUDA's kernel for sequences of unequal length; None where it can't run."""
+    """Return CUDA's kernel for sequences of unequal length; None where it can't run."""
     if not query.is_cuda or query.dtype == torch.float32:
         return None
     # Flash attention, which it is, takes heads of some widths only.

@@ -114,7 +114,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def classifier_head(model: Any, answer: int | None) -> Head | None:
-    """Give the model's own head on one row a sequence; None if it needs more."""
+    """Return the model's own head on one row a sequence; None if it needs more."""
     if answer is not None:
         # The other words' logits, a quarter of a million of them, are nobody's business.
         word = model.get_output_embeddings().weight[answer].float()
@@ -128,7 +128,7 @@ def classifier_head(model: Any, answer: int | None) -> Head | None:
 
 
 def _agree(some: NDArray[np.float32], others: NDArray[np.float32], *, half: bool) -> bool:
-    """Say whether two computations of hidden states, [tokens, hidden], gave the same numbers.
+    """Return whether two computations of hidden states, [tokens, hidden], gave the same numbers.
 
     One step of bfloat16 at 4 is 0.03, and another attention may round each number another way. So
     in half precision it is the direction and the length of each state that count.

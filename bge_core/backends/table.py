@@ -33,7 +33,7 @@ class Backend:
     """One way to execute packs.
 
     Attributes:
-        load: Loads a checkpoint's weights; gives a runner a device.
+        load: Loads a checkpoint's weights; returns a runner a device.
         unsupported: Says why it can't run a checkpoint, in a sentence; None if it can.
         device: The only type of device that it runs on; None for any that torch has.
         dtype: The only number format that it computes in; None for all three.
@@ -49,7 +49,7 @@ class Backend:
     for_queries: bool = False
 
     def runs_on(self, devices: Sequence[str]) -> bool:
-        """Say whether it runs on all of some devices."""
+        """Return whether it runs on all of some devices."""
         return self.device is None or all(
             device.partition(":")[0] == self.device for device in devices
         )

@@ -262,7 +262,7 @@ class Profile:
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name can be a hub id, or the bare name of one."""
+    """Return whether a name can be a hub id, or the bare name of one."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -582,7 +582,7 @@ def register(profile: Profile) -> None:
 
 
 def registered_profiles() -> tuple[Profile, ...]:
-    """Give the rows that `register` added."""
+    """Return the rows that `register` added."""
     return tuple(row for name, row in list(_rows.items()) if name not in _PUBLISHED)
 
 

@@ -43,7 +43,7 @@ _MOST_NESTED = 100
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Give the files of a folder's weights, safetensors before pickles; empty if it has none.
+    """Return the files of a folder's weights, safetensors before pickles; empty if it has none.
 
     Raises:
         CheckpointError: The index of the format that is there is damaged, or names a file that
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def other_weights(folder: Path, *names: str) -> str:
-    """Say what a folder without weights has instead, as a sentence; empty for nothing.
+    """Return what a folder without weights has instead, as a sentence; empty for nothing.
 
     Args:
         folder: The folder.
@@ -98,7 +98,7 @@ class JsonFile:
         self.values: dict[str, Any] = value
 
     def whole(self, key: str, default: int, *, least: int | None = None) -> int:
-        """Give a whole number, or the default where there is none.
+        """Return a whole number, or the default where there is none.
 
         Args:
             key: Its name.
@@ -119,21 +119,21 @@ class JsonFile:
         return int(value)
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """Give a mapping, empty where there is none."""
+        """Return a mapping, empty where there is none."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             self.refuse(f"{key} must be a mapping, it is {value!r:.60}")
         return value or {}
 
     def flag(self, key: str, *, default: bool = False) -> bool:
-        """Give true or false, or the default where there is neither."""
+        """Return true or false, or the default where there is neither."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
             self.refuse(f"{key} must be true or false, it is {value!r:.60}")
         return default if value is None else value
 
     def number(self, key: str, default: float) -> float:
-        """Give a number, or the default where there is none."""
+        """Return a number, or the default where there is none."""
         value = self.values.get(key)
         if value is None:
             return float(default)
@@ -142,7 +142,7 @@ class JsonFile:
         return float(value)
 
     def refuse(self, why: str) -> NoReturn:
-        """Say what is wrong with the file."""
+        """Raise the error that says what is wrong with the file."""
         msg = f"{self.path} is damaged ({why}): fetch the checkpoint again."
         raise CheckpointError(msg)
 
@@ -183,7 +183,7 @@ def check_files(folder: Path) -> None:
 
 
 def leaves_folder(folder: Path, path: str) -> bool:
-    """Say whether a path, as any system would read it, is not in a folder."""
+    """Return whether a path, as any system would read it, is not in a folder."""
     inside = PurePosixPath(path.replace("\\", "/"))
     if inside.is_absolute() or ".." in inside.parts or re.match(r"[A-Za-z]:", path):
         return True
@@ -215,7 +215,7 @@ def read_json(path: Path) -> Any:
 
 
 def unreadable_error(path: Path, exc: OSError) -> CheckpointError:
-    """Say that the system doesn't let a file be read."""
+    """Return the error that says that the system doesn't let a file be read."""
     msg = (
         f"{path} can't be read ({exc.strerror or first_line(exc)}): check that this user may read "
         "it, and that its disk is there and sound."
@@ -230,7 +230,7 @@ def first_line(exc: BaseException) -> str:
 
 
 def _shards(index: Path) -> list[str]:
-    """Give the files that an index of weights names."""
+    """Return the files that an index of weights names."""
     file = JsonFile(index)
     named = file.mapping("weight_map").values()
     if not named or not all(isinstance(name, str) for name in named):
@@ -247,7 +247,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _is_nested(value: Any) -> bool:
-    """Say whether lists and mappings nest deeper than any that somebody wrote."""
+    """Return whether lists and mappings nest deeper than any that somebody wrote."""
     level = [value]
     for _ in range(_MOST_NESTED):
         level = [inner for outer in level for inner in _inside(outer)]

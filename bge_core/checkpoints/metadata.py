@@ -311,7 +311,7 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
 
 
 def is_m3_architecture(checkpoint: Checkpoint, pooling: str | None) -> bool:
-    """Say whether a checkpoint is one of bge-m3's make, from whose pass all outputs come.
+    """Return whether a checkpoint is one of bge-m3's make, from whose pass all outputs come.
 
     Args:
         checkpoint: What the checkpoint says of itself.
@@ -355,7 +355,7 @@ def _other_kind_error(profile: Profile, name: str) -> CheckpointError:
 
 
 def missing_head_error(checkpoint: Checkpoint, output: Output) -> CheckpointError:
-    """Say that a checkpoint lacks the file of an output."""
+    """Return the error that says that a checkpoint lacks the file of an output."""
     msg = (
         f"{checkpoint.name!r} has no {HEADS[output]} in {checkpoint.folder}, so it can't give "
         f"{output.replace('_', '-')} outputs: random numbers in its place would be noise. Take the "
@@ -377,7 +377,7 @@ def _digest_file(digest: hashlib._Hash, path: Path) -> None:
 
 
 def _profiles(source: Source, folder: Path, config: JsonFile) -> list[Profile]:
-    """Give the rows that a checkpoint goes by: its name's, what it was trained from, its classes'.
+    """Return the rows that a checkpoint goes by: its name's, its base model's, its classes'.
 
     A link's target counts where the link's own name says nothing.
     """
@@ -400,7 +400,7 @@ def _profiles(source: Source, folder: Path, config: JsonFile) -> list[Profile]:
 def _kind(
     config: JsonFile, labels: int, modules: list[_Module] | None, named: list[Profile]
 ) -> Kind:
-    """Say what a checkpoint is, by what is in it; its name counts where that fits both kinds."""
+    """Return what a checkpoint is, by what is in it; its name counts where that fits both kinds."""
     if labels:
         return "reranker"
     if any(module.kind == "Pooling" for module in modules or ()):
@@ -441,7 +441,7 @@ def _check_quantization(config: JsonFile, model: str) -> None:
 def _lengths(
     config: JsonFile, reading: JsonFile, body: Path, profile: Profile | None
 ) -> tuple[int, int]:
-    """Give the tokens that there are positions for, and those that are read by default."""
+    """Return the tokens that there are positions for, and those that are read by default."""
     of_roberta = config.values["model_type"] in _OFFSET_FAMILIES
     positions = config.whole("max_position_embeddings", 512)
     if positions < 0:  # XLNet's word for any number
@@ -463,7 +463,7 @@ def _lengths(
 
 
 def _pad(config: JsonFile, family: str) -> int:
-    """Give the padding token's id; transformers' own default where config.json has none."""
+    """Return the padding token's id; transformers' own default where config.json has none."""
     if family in _OFFSET_FAMILIES:
         return config.whole("pad_token_id", 1, least=0)
     pad, vocabulary = config.whole("pad_token_id", 0), config.whole("vocab_size", 1 << 31)
@@ -513,7 +513,7 @@ def _refuse_setting(reading: JsonFile, what: str) -> None:
 
 
 def _changes_model(reading: JsonFile) -> bool:
-    """Say whether sentence-transformers would load the model with settings of its own."""
+    """Return whether sentence-transformers would load the model with settings of its own."""
     names = ("model_args", "model_kwargs", "config_args", "config_kwargs")
     return any(key not in _HARMLESS for name in names for key in reading.mapping(name))
 
@@ -560,14 +560,14 @@ def _labels(config: JsonFile) -> int:
 
 
 def _profile_of(config: JsonFile) -> Profile | None:
-    """Give the row of a model that was trained further, where its classes are one row's own."""
+    """Return the row of a model that was trained further, where its classes are one row's own."""
     named = config.values.get("architectures")
     rows = (_LAYERWISE_CLASSES.get(name) for name in (named if isinstance(named, list) else ()))
     return next((PROFILES[row] for row in rows if row is not None), None)
 
 
 def _layer_heads(name: str, config: JsonFile, profile: Profile | None) -> LayerHeads | None:
-    """Say after which layers a checkpoint has a score.
+    """Return after which layers a checkpoint has a score.
 
     Raises:
         CheckpointError: Its layers or heads are not those of the published checkpoint.
@@ -633,7 +633,7 @@ def _is_module(entry: object) -> bool:
 
 
 def _is_plain(modules: list[_Module] | None) -> bool:
-    """Say whether modules are a transformer, its pooling and normalisation, and nothing else."""
+    """Return whether modules are a transformer, its pooling and normalisation, and nothing else."""
     if modules is None:
         return True
     kinds = [module.kind for module in modules]
@@ -645,7 +645,7 @@ def _is_plain(modules: list[_Module] | None) -> bool:
 
 
 def _pooling(folder: Path, modules: list[_Module] | None) -> tuple[str | None, bool]:
-    """Give the pooling's mode, None where nothing says it, and whether it pools prompts, too."""
+    """Return the pooling's mode, None where nothing says it, and whether it pools prompts, too."""
     module = next((module for module in modules or () if module.kind == "Pooling"), None)
     if module is None:
         return None, True
@@ -663,7 +663,7 @@ def _pooling(folder: Path, modules: list[_Module] | None) -> tuple[str | None, b
 
 
 def _prompts(config: JsonFile) -> dict[str, str]:
-    """Give what goes in front of queries and of documents, as `SentenceTransformer.encode` has it.
+    """Return the prompts of queries and of documents, as `SentenceTransformer.encode` has them.
 
     An empty prompt says nothing: sentence-transformers writes them into every folder it saves.
     """

@@ -46,7 +46,7 @@ def reject_remote_classes(checkpoint: Checkpoint) -> None:
 
 
 def _named_classes(value: Any) -> Iterator[tuple[str, str]]:
-    """Give the classes that a file's content names, and the package that each may be of."""
+    """Return the classes that a file's content names, and the package that each may be of."""
     for entry in value if isinstance(value, list) else [value]:
         for key, package in _CLASSES.items():
             named = entry.get(key) if isinstance(entry, dict) else None

@@ -48,7 +48,7 @@ def lower_thread_priority() -> None:
 
 
 def trim_heap() -> None:
-    """Have glibc return what was freed: it would keep a gigabyte of weights and activations.
+    """Make glibc return what was freed: it would keep a gigabyte of weights and activations.
 
     Each worker has a part of the heap of its own, and the next model's workers get others. It
     takes some 10 ms, and the next pass a few more, which is why it is not done while work comes.
@@ -62,10 +62,10 @@ class Stoppable(Protocol):
     """Threads that compute, as the interpreter's exit sees them."""
 
     def close(self) -> None:
-        """Have the threads stop after what they are at."""
+        """Stop the threads after their current work."""
 
     def all_threads(self) -> list[threading.Thread]:
-        """Give the threads."""
+        """Return the threads."""
 
     def join(self, deadline: float) -> None:
         """Wait for the threads until a time of `time.monotonic()`."""
@@ -102,7 +102,7 @@ def at_exit(threads: Stoppable) -> None:
 
 
 def is_exiting() -> bool:
-    """Say whether the interpreter is ending."""
+    """Return whether the interpreter is ending."""
     return _exit_guard.ending
 
 
@@ -164,7 +164,7 @@ def _at_exit() -> None:
 
 
 def _stop_between_modules(threads: AbstractSet[threading.Thread]) -> None:
-    """Have threads leave a long pass at its next module."""
+    """Make threads leave a long pass at its next module."""
     # Not imported here: where nothing has loaded torch, nothing computes with it.
     torch = sys.modules.get("torch")
     if torch is None or not threads:

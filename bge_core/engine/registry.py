@@ -33,7 +33,7 @@ on_fork(_registry, _Registry.after_fork)
 
 
 def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
-    """Give the engine of a key, loading it if no one has it.
+    """Return the engine of a key, loading it if no one has it.
 
     Args:
         key: Everything that changes the weights in memory.
@@ -54,7 +54,7 @@ def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
 
 
 def shared_output_cache(key: Hashable, model: Hashable) -> OutputCache:
-    """Give the output cache of all engines whose outputs are the same, while one of them lives.
+    """Return the output cache of all engines whose outputs are the same, while one of them lives.
 
     Args:
         key: The checkpoint's content and the dtype.

@@ -95,7 +95,7 @@ class _Job:
         self._lock = threading.Lock()
 
     def accept(self, indices: Sequence[int], rows: Sequence[Any]) -> None:
-        """Take computed rows; the last ones finish the job."""
+        """Accept computed rows; the last ones finish the job."""
         with self._lock:
             for index, row in zip(indices, rows, strict=True):
                 self.rows[index] = row
@@ -116,7 +116,7 @@ class _Job:
             _log(logging.WARNING, "A progress callback failed and is called no more: %r", exc)
 
     def fail(self, error: BaseException) -> None:
-        """Hand the caller an error, unless it has gone."""
+        """Fail the caller's future, unless the caller has gone."""
         self.gone = True
         self._finish(lambda: self.future.set_exception(error))
 
@@ -213,7 +213,7 @@ class _Workers:
         job.future.add_done_callback(lambda future: self._drop_cancelled(future, mine(), priority))
 
     def _drop_cancelled(self, future: Future[Rows], job: _Job | None, priority: Priority) -> None:
-        """Let go of what was cancelled before its turn, which may be far away."""
+        """Release what was cancelled before its turn, which may be far away."""
         if job is None or not future.cancelled():
             return
         job.gone = True
@@ -395,7 +395,7 @@ class _Workers:
             job.fail(closed_while_waiting_error(self.name))
 
     def all_threads(self) -> list[threading.Thread]:
-        """Give the threads of both priorities."""
+        """Return the threads of both priorities."""
         return [thread for priority in self.threads.values() for thread in priority]
 
     def join(self, deadline: float) -> None:

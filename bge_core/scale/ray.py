@@ -151,7 +151,7 @@ class _Worker:
 
 
 def _pool(step: Step, actors: int | None, cpus: int, *, most: int | None = None) -> dict[str, Any]:
-    """Say what map_batches needs for a pool of engines, at most `most` of them."""
+    """Return what map_batches needs for a pool of engines, at most `most` of them."""
     if actors is not None:
         arguments.whole_number("actors", actors)
     arguments.whole_number("cpus", cpus)

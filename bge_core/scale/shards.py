@@ -99,13 +99,13 @@ class ShardWorker:
 
 
 def absolute_target(place: str | os.PathLike[str]) -> str:
-    """Give a name that an actor in another folder understands."""
+    """Return a name that an actor in another folder understands."""
     name = os.fspath(place)
     return name if "://" in name else Path(name).resolve().as_posix()
 
 
 def open_target(place: str) -> tuple[fs.FileSystem, str]:
-    """Give the file system and the path in it."""
+    """Return the file system and the path in it."""
     if "://" not in place:
         return fs.LocalFileSystem(), place
     files, path = fs.FileSystem.from_uri(place)

@@ -75,7 +75,7 @@ class Embed:
         return self.embedder.devices
 
     def provenance(self) -> dict[str, Any]:
-        """Say, as JSON values, what changes the vectors: the model and the settings."""
+        """Return, as JSON values, what changes the vectors: the model and the settings."""
         return {
             "embedder": self.embedder.fingerprint,
             "role": self.role,
@@ -93,7 +93,7 @@ class Embed:
         _check_free(schema, self.vector_column, "vector_column")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Give the table with its vectors, as many rows, in the same order."""
+        """Return the table with its vectors, as many rows, in the same order."""
         self.check(table.schema)
         texts = _without_nulls(table[self.text_column], self.text_column).to_pylist()
         embed = (
@@ -164,7 +164,7 @@ class Rerank:
         return self.reranker.devices
 
     def provenance(self) -> dict[str, Any]:
-        """Say, as JSON values, what changes the order and the scores."""
+        """Return, as JSON values, what changes the order and the scores."""
         return {
             "reranker": self.reranker.fingerprint,
             "query_column": self.query_column,
@@ -184,7 +184,7 @@ class Rerank:
         _check_free(schema, self.scores_column, "scores_column")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Give the table with its order and scores, as many rows, in the same order."""
+        """Return the table with its order and scores, as many rows, in the same order."""
         self.check(table.schema)
         queries = _without_nulls(table[self.query_column], self.query_column).to_pylist()
         lists = _without_nulls(table[self.passages_column], self.passages_column).to_pylist()

@@ -48,7 +48,7 @@ class Answer:
         return "" if encoding == "identity" else encoding
 
     def unpacked(self, largest: int) -> bytes:
-        """Give the body as it was before it was packed.
+        """Return the body as it was before it was packed.
 
         Raises:
             OverflowError: It has more than `largest` bytes.
@@ -72,7 +72,7 @@ class Answer:
         return body
 
     def text(self) -> str:
-        """Give the beginning of the body as text, for a message."""
+        """Return the beginning of the body as text, for a message."""
         body = self.body
         with contextlib.suppress(OverflowError, UnreadableAnswerError, zlib.error):
             body = self.unpacked(ERROR_BYTES)
@@ -108,7 +108,7 @@ _SPELLINGS = (re.compile(r".", re.DOTALL), re.compile(r"\\x..|\\u....|\\U.{8}|\\
 
 
 def mask(text: str, secret: str) -> str:
-    """Put three stars in a secret's place, whatever is strewn between its letters."""
+    """Replace a secret with three stars, whatever is strewn between its letters."""
     text = text.replace(secret, "***")
     wanted = "".join(_folded(letter) for letter in secret if letter.isalnum())
     if len(wanted) < 4:  # would be found in every word

@@ -99,12 +99,12 @@ class Endpoint:
         on_fork(self, Endpoint._init_process_state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give the configuration, without connections."""
+        """Return the configuration, without connections."""
         state = self.__dict__
         return {name: value for name, value in state.items() if name not in _PROCESS_ATTRIBUTES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a configuration."""
+        """Restore a configuration."""
         self.__dict__.update(state)
         self._init_process_state()
 
@@ -123,7 +123,7 @@ class Endpoint:
             raise self.failed(said, hint) from exc
 
     def close(self) -> None:
-        """Give up the connections; a later request would make new ones."""
+        """Close the connections; a later request would make new ones."""
         if self._finalizer is not None:
             self._finalizer()
         self._connections = self._finalizer = None
@@ -195,7 +195,7 @@ class Endpoint:
         return EndpointError(self._sentence(path, said, hint))
 
     def malformed(self, path: str, found: str) -> EndpointError:
-        """Say what is wrong with an answer that came without an error."""
+        """Return an error that says what is wrong with an answer of status 200."""
         hint = "Is it a text-embeddings-inference or Infinity server, with no proxy that answers?"
         return self.failed(f"gave an answer that can't be used: {found}", hint, path)
 
@@ -262,7 +262,7 @@ class Endpoint:
         return self._connections
 
     def _transports(self) -> Callable[[], httpx.AsyncHTTPTransport]:
-        """Give what makes connections, each a pool of its own.
+        """Return what makes connections, each a pool of its own.
 
         httpx's pool looks at all of its requests and connections whenever one of them ends.
 
@@ -351,7 +351,7 @@ class Endpoint:
             raise self.malformed(path, found) from None
 
     def _describe_error(self, answer: Answer) -> tuple[str, str, str]:
-        """Say what a failure is, what to do, and all of the server's words."""
+        """Return what a failure is, what to do, and all of the server's words."""
         text = answer.text()
         message: Any = text
         with contextlib.suppress(ValueError, RecursionError):
@@ -386,7 +386,7 @@ class Endpoint:
         return text if self._api_key is None else mask(text, self._api_key)
 
     def _shareable(self, exc: BaseException) -> BaseException | None:
-        """Give a cause that a traceback may show: one without the token."""
+        """Return a cause that a traceback may show: one without the token."""
         text = str(exc)
         return exc if self._masked(text) == text else None
 
@@ -437,7 +437,7 @@ class _LoopThread:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Let go of the parent's loop and threads, which are not in this process."""
+        """Drop the parent's loop and threads, which are not in this process."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         # Of its own: the loop's other threads may all wait for names to be resolved.

@@ -612,7 +612,7 @@ class RemoteReranker(Reranker):
         served_model_name: The server's name of the model, where it is another than `model`.
         endpoint_batch_size: Passages that one request carries, at most; None for 32. A
             smaller limit of the server's is learnt from its first refusal.
-        normalize: Give the sigmoid of the logit, from 0 to 1; False gives the raw logit.
+        normalize: Return the sigmoid of the logit, from 0 to 1; False gives the raw logit.
         long_passages: What happens with a passage that the server would truncate; `"window"`
             sends overlapping windows of it instead, as `Reranker` does. It needs the model's
             tokenizer, of the folder or from the hub.
@@ -677,7 +677,7 @@ def find_served_profile(name: str, kind: Kind | None = None) -> Profile | None:
 
 
 def served_source(model: str | os.PathLike[str]) -> Source:
-    """Take a folder or a published id, and any other name that a server may have for a model.
+    """Return the source of a folder, a published id, or any other name that a server may know.
 
     Raises:
         CheckpointError: It looks like a folder and is none, or is no name.
@@ -732,6 +732,6 @@ async def _gather_limited(parts: Sequence[Part], work: Callable[[Part], Awaitabl
 
 
 def _largest(texts: Sequence[str], each: int) -> int:
-    """Say how many bytes an answer about these texts can have."""
+    """Return how many bytes an answer about these texts can have."""
     echo = 8 * sum(map(len, texts))
     return min(_OTHER_BYTES + echo + each * len(texts), _MOST_BYTES)

@@ -65,7 +65,7 @@ class ServerProtocol:
     hints: ClassVar[Mapping[int, str]] = MappingProxyType({})
 
     def embeddings_request(self, model: str, texts: Sequence[str]) -> dict[str, Any]:
-        """Ask for a vector of each text."""
+        """Return the request for a vector of each text."""
         return {"model": model, "input": list(texts), "encoding_format": "float"}
 
     def read_embeddings(self, answer: object, count: int) -> NDArray[np.float32]:
@@ -88,7 +88,7 @@ class ServerProtocol:
     def rerank_request(
         self, model: str, query: str, passages: Sequence[str], *, raw: bool
     ) -> dict[str, Any]:
-        """Ask for a score of each passage: a logit if `raw`, else its sigmoid."""
+        """Return the request for a score of each passage: a logit if `raw`, else its sigmoid."""
         return {
             "model": model,
             "query": query,
@@ -97,7 +97,7 @@ class ServerProtocol:
         }
 
     def ranks_of(self, answer: object) -> object:
-        """Give the list of ranks in an answer; None where this kind of server gave none."""
+        """Return the list of ranks in an answer; None where this kind of server gave none."""
         raise NotImplementedError
 
     def read_scores(self, answer: object, count: int) -> NDArray[np.float32]:
@@ -140,11 +140,11 @@ class TextEmbeddingsInference(ServerProtocol):
     def rerank_request(
         self, model: str, query: str, passages: Sequence[str], *, raw: bool
     ) -> dict[str, Any]:
-        """Ask for scores, of pairs that are cut where they are too long."""
+        """Return the request for scores, of pairs that are cut where they are too long."""
         return {**super().rerank_request(model, query, passages, raw=raw), "truncate": True}
 
     def ranks_of(self, answer: object) -> object:
-        """Give the answer itself, which is the list."""
+        """Return the answer itself, which is the list."""
         return answer
 
 
@@ -157,7 +157,7 @@ class Infinity(ServerProtocol):
     batch_limits = (re.compile(r"at most (\d{1,9}) items?"),)
 
     def ranks_of(self, answer: object) -> object:
-        """Give the list in the object."""
+        """Return the list in the object."""
         return answer.get("results") if isinstance(answer, dict) else None
 
 
@@ -186,7 +186,7 @@ _BATCH_WORDS = re.compile(r"\bbatch|too many|at most|payload|too large", re.IGNO
 
 
 def rerank_probe(model: str, *, raw: bool) -> dict[str, Any]:
-    """Ask for the score of one short pair in the words of all kinds of servers at once."""
+    """Return a request for the score of one short pair, in the words of all kinds of servers."""
     probe: dict[str, Any] = {}
     for protocol in PROTOCOLS.values():
         probe.update(protocol.rerank_request(model, "a", ["b"], raw=raw))
@@ -194,7 +194,7 @@ def rerank_probe(model: str, *, raw: bool) -> dict[str, Any]:
 
 
 def detect_protocol(answer: object) -> ServerProtocol:
-    """Say what kind of server answers to `rerank_probe` like this.
+    """Return the kind of server that answers to `rerank_probe` like this.
 
     Raises:
         UnreadableAnswerError: None that is known.
@@ -214,7 +214,7 @@ def error_message(answer: Any) -> Any:
 
 
 def hint_for(status: int) -> str:
-    """Say what to do about an HTTP status."""
+    """Return what to do about an HTTP status."""
     hints = {key: hint for protocol in PROTOCOLS.values() for key, hint in protocol.hints.items()}
     return {**hints, **_HINTS}.get(status, "Look at the server's log.")
 
@@ -235,7 +235,7 @@ def batch_limit_of_info(answer: object) -> int | None:
 
 
 def is_about_batches(text: str) -> bool:
-    """Say whether a refusal is of how much was sent, and not of what."""
+    """Return whether a refusal is of how much was sent, and not of what."""
     return _BATCH_WORDS.search(text) is not None
 
 
@@ -243,7 +243,7 @@ _NO_LIST = "it has no list of results"
 
 
 def _by_index(entries: object, name: str, count: int) -> list[Any]:
-    """Give what entries say under a name, each in its own place: 0 to `count` - 1, once each."""
+    """Return what entries say under a name, each in its own place: 0 to `count` - 1, once each."""
     if not isinstance(entries, list):
         raise UnreadableAnswerError(_NO_LIST)
     found: dict[int, Any] = {}
