@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_core.checkpoints.catalog import PROFILES
+from bge_core.checkpoints.catalog import PROFILES, find_profile
 from bge_core.checkpoints.metadata import is_m3_architecture, read
 from bge_core.checkpoints.source import Source, locate
 from bge_core.devices import Placement
@@ -158,9 +158,12 @@ def _model(report: _Report, options: argparse.Namespace) -> None:
     found = read(source, locate(source))
     profile = found.profile
     report.row("folder" if source.is_local else "hub cache", found.folder)
-    kind = profile.kind if profile else "reranker" if found.labels else "embedder"
+    kind = found.kind
     report.row("kind", f"{kind}, {found.family}, {profile.id if profile else 'not in the table'}")
-    if profile:
+    if profile and find_profile(source.model, kind) is None and not found.folder.is_symlink():
+        # What it was trained from says nothing of its own licence.
+        report.row("trained from", profile.id)
+    elif profile:
         report.row("licence", " ".join(filter(None, (profile.licence, profile.licence_note))))
     make: Any = Reranker if kind == "reranker" else Embedder
     placed = {"device": options.device, "dtype": options.dtype, "backend": options.backend}
