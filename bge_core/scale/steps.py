@@ -60,12 +60,11 @@ class Embed:
     def __post_init__(self) -> None:
         """Check the values."""
         if not isinstance(self.embedder, Embedder) or not self.embedder.is_local:
-            msg = (
-                "embedder must be a bge_core.Embedder on this machine, got "
-                f"{type(self.embedder).__name__}."
-            )
+            msg = f"embedder must be a bge_core.Embedder, got {type(self.embedder).__name__}."
             raise InputTypeError(msg)
-        arguments.one_of("role", self.role, get_args(Role))
+        if self.role not in get_args(Role):
+            msg = f"role={self.role!r} is none: write 'document' or 'query'."
+            raise ArgumentError(msg)
         _check_names(text_column=self.text_column, vector_column=self.vector_column)
         arguments.whole_number("batch_size", self.batch_size)
 
@@ -145,8 +144,8 @@ class Rerank:
         """Check the values."""
         if not isinstance(self.reranker, Scorer) or not self.reranker.is_local:
             msg = (
-                "reranker must be a bge_core.Reranker on this machine, or what make_reranker gives "
-                f"there, got {type(self.reranker).__name__}."
+                "reranker must be a bge_core.Reranker, or what make_reranker gives without an "
+                f"endpoint, got {type(self.reranker).__name__}."
             )
             raise InputTypeError(msg)
         self.reranker.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)

@@ -119,7 +119,7 @@ class TestHybrid:
         await call(reranker, "rerank", TEXTS, QUERY)
         engines = {id(model._core._model._engine) for model in (dense, sparse)}
         core: Any = reranker._core
-        assert engines == {id(core._embedder._engine)}
+        assert engines == {id(core._embedder._model._engine)}
 
     async def test_another_dtype_is_another_model(self, call, m3_folder, passes):
         store, _, _ = await hybrid(call, m3_folder, dtype="bfloat16")
