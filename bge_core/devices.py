@@ -29,7 +29,7 @@ _DTYPES = {
     "float": "float32",
 }
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
-_half_on_cpu_said: set[str] = set()
+_warned_devices: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,8 @@ class Placement:
             on_cuda = all(name.startswith("cuda") for name in devices)
             return devices, half if on_cuda else "float32"
         if self.dtype == "float16" and on_cpu:
-            if on_cpu[0] not in _half_on_cpu_said:
-                _half_on_cpu_said.add(on_cpu[0])
+            if on_cpu[0] not in _warned_devices:
+                _warned_devices.add(on_cpu[0])
                 logger.warning(
                     "float16 was asked for on device %r: running float32, since a CPU computes "
                     'float16 slowly or not at all. dtype="auto" picks the right one everywhere.',

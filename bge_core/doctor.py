@@ -194,7 +194,7 @@ def _embedder(report: _Report, model: Embedder, found: Checkpoint) -> None:
     report.row("document instruction", repr(document))
     report.row("pooling", f"{found.pooling}, vectors are scaled to unit length")
     if is_m3_architecture(found, found.pooling):
-        report.row("outputs", ", ".join(["dense", *sorted(found.heads)]))
+        report.row("outputs", ", ".join(["dense", *sorted(found.m3_heads)]))
 
 
 def _self_check(report: _Report, model: Embedder | Reranker) -> None:

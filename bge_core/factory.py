@@ -184,7 +184,7 @@ def _is_m3(source: Source) -> bool:
     found = read(source, locate(source))
     profile = found.profile
     known = profile is not None and "multi_vector" in profile.outputs
-    return not found.labels and (known or found.heads == HEADS.keys())
+    return not found.labels and (known or found.m3_heads == HEADS.keys())
 
 
 def _check_no_server(served: Mapping[str, object]) -> None:

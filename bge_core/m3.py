@@ -229,7 +229,7 @@ class M3Embedder(HasModel):
                 raise _gives_no(self.model, lacking[0])
             return
         for output in outputs:
-            if output != "dense" and output not in found.heads:
+            if output != "dense" and output not in found.m3_heads:
                 raise missing_head_error(found, output)
 
     def encode(
@@ -548,7 +548,7 @@ class _Scoring(Call[str]):
 
 def _check_make(checkpoint: Checkpoint) -> None:
     if not is_m3_architecture(
-        checkpoint, checkpoint.pooling or ("cls" if checkpoint.heads else None)
+        checkpoint, checkpoint.pooling or ("cls" if checkpoint.m3_heads else None)
     ):
         msg = (
             f"{checkpoint.name!r} is not of bge-m3's make, which is XLM-RoBERTa with CLS pooling "

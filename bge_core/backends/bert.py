@@ -165,9 +165,9 @@ def load_bert(
     Raises:
         ComputationError: It doesn't fit on the device.
     """
-    config = json.loads((checkpoint.body / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((checkpoint.transformer_folder / "config.json").read_text(encoding="utf-8"))
     shape = _shape(config) if checkpoint.family in FAMILIES else None
-    files = weight_files(checkpoint.body)
+    files = weight_files(checkpoint.transformer_folder)
     if shape is None or len(files) != 1:
         return None
     try:

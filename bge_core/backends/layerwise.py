@@ -319,7 +319,7 @@ def _turned(heads: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
 
 def _shape(checkpoint: Checkpoint, heads: LayerHeads, depth: Depth) -> _Shape:
     """Read the sizes; what config.json leaves out is as the published code has it."""
-    config = JsonFile(checkpoint.body / "config.json")
+    config = JsonFile(checkpoint.transformer_folder / "config.json")
     values = config.values
     gemma = heads.compresses
     activation = str(

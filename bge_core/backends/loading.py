@@ -59,23 +59,22 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokeni
 def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Tokenizer:
     from transformers import AutoTokenizer, PretrainedConfig
 
+    folder = checkpoint.transformer_folder
     own = {
-        word: next(
-            (str(path) for name in names if (path := checkpoint.body / name).is_file()), None
-        )
+        word: next((str(path) for name in names if (path := folder / name).is_file()), None)
         for word, names in _TOKENIZER_FILES.items()
     }
     if own["tokenizer_file"] is None and own["vocab_file"] is None:
         names = ", ".join(name for names in _TOKENIZER_FILES.values() for name in names)
         msg = (
-            f"{checkpoint.name!r} has no tokenizer: {checkpoint.body} has none of {names}. Save it "
+            f"{checkpoint.name!r} has no tokenizer: {folder} has none of {names}. Save it "
             "there with tokenizer.save_pretrained(folder)."
         )
         raise CheckpointError(msg)
     # What transformers has no model for, it would look for in the checkpoint's own code.
     config = {} if checkpoint.layer_heads is None else {"config": PretrainedConfig()}
     loaded = AutoTokenizer.from_pretrained(
-        checkpoint.body,
+        folder,
         local_files_only=True,
         trust_remote_code=trust_remote_code,
         **config,
@@ -85,13 +84,13 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
     if not loaded.is_fast:
         msg = (
             f"{checkpoint.name!r} has no fast tokenizer: save one, a tokenizer.json, into "
-            f"{checkpoint.body} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            f"{folder} with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
         raise CheckpointError(msg)
-    _set_bos_eos(loaded, JsonFile(checkpoint.body / "tokenizer_config.json").values)
+    _set_bos_eos(loaded, JsonFile(folder / "tokenizer_config.json").values)
     if 0 < checkpoint.vocabulary < len(loaded):
         msg = (
-            f"The tokenizer of {checkpoint.name!r} in {checkpoint.body} has {len(loaded)} tokens, "
+            f"The tokenizer of {checkpoint.name!r} in {folder} has {len(loaded)} tokens, "
             f"and the weights embed {checkpoint.vocabulary} (vocab_size in config.json): one of "
             "the two is of another model; fetch the checkpoint again."
         )
@@ -99,7 +98,7 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
     marks = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
     return Tokenizer(
         loaded.backend_tokenizer,
-        pad=checkpoint.pad,
+        pad=checkpoint.pad_token_id,
         lower_case=checkpoint.lower_case,
         bos=loaded.bos_token_id,
         truncation_side=checkpoint.truncation_side,
@@ -151,7 +150,7 @@ def load_model(
     try:
         with no_progress_bars():
             model, report = loader.from_pretrained(
-                checkpoint.body,
+                checkpoint.transformer_folder,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
@@ -185,7 +184,7 @@ def copy_weights(model: torch.nn.Module) -> None:
 
 def _check_size(checkpoint: Checkpoint, weights: list[Path]) -> None:
     """Refuse a config.json that describes far more than the weights, before room is made for it."""
-    config = JsonFile(checkpoint.body / "config.json")
+    config = JsonFile(checkpoint.transformer_folder / "config.json")
     width = config.whole("hidden_size", 1, least=1)
     of_a_layer = config.whole("intermediate_size", 1, least=1) + config.whole(
         "num_attention_heads", 1, least=1
@@ -206,7 +205,7 @@ def _check_size(checkpoint: Checkpoint, weights: list[Path]) -> None:
             except Exception as exc:
                 raise _unreadable(checkpoint, "weights", exc) from exc
         msg = (
-            f"config.json of {checkpoint.name!r} in {checkpoint.body} describes a model of "
+            f"config.json of {checkpoint.name!r} in {config.path.parent} describes a model of "
             f"{rows * width:,} numbers or more, and its weights have {stored:,} bytes: it is "
             "another model's, or damaged; fetch the checkpoint again."
         )
@@ -222,7 +221,7 @@ def check_computes(checkpoint: Checkpoint, runner: Runner) -> None:
     from bge_core.backends.memory import is_out_of_memory
 
     try:
-        runner.run([TokenSequence([checkpoint.pad] * 3, 3)])
+        runner.run([TokenSequence([checkpoint.pad_token_id] * 3, 3)])
     except Exception as exc:
         if is_out_of_memory(exc):  # which has nothing to do with the checkpoint
             raise
@@ -273,21 +272,22 @@ def load_tensors(
     for name, shape in shapes.items():
         if found[name].shape != shape:
             msg = (
-                f"The weights of {checkpoint.name!r} in {checkpoint.body} are of another model: "
-                f"{name!r} is of shape {list(found[name].shape)}, and config.json describes "
-                f"{list(shape)}. Fetch the checkpoint again."
+                f"The weights of {checkpoint.name!r} in {checkpoint.transformer_folder} are of "
+                f"another model: {name!r} is of shape {list(found[name].shape)}, and config.json "
+                f"describes {list(shape)}. Fetch the checkpoint again."
             )
             raise CheckpointError(msg)
     return found
 
 
 def _weight_files(checkpoint: Checkpoint) -> list[Path]:
-    files = weight_files(checkpoint.body)
+    folder = checkpoint.transformer_folder
+    files = weight_files(folder)
     if not files:
         end = "; fetch it again."
         msg = (
-            f"{checkpoint.name!r} has no weights: {checkpoint.body} has neither "
-            f"model.safetensors nor pytorch_model.bin{other_weights(checkpoint.body) or end}"
+            f"{checkpoint.name!r} has no weights: {folder} has neither "
+            f"model.safetensors nor pytorch_model.bin{other_weights(folder) or end}"
         )
         raise CheckpointError(msg)
     _check_size(checkpoint, files)
@@ -296,9 +296,9 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _missing_error(checkpoint: Checkpoint, missing: Sequence[str]) -> CheckpointError:
     msg = (
-        f"The weights of {checkpoint.name!r} in {checkpoint.body} lack {len(missing)} of the "
-        f"model's tensors, {missing[0]!r} first: computing with random ones in their place would "
-        "give noise. Fetch the checkpoint again."
+        f"The weights of {checkpoint.name!r} in {checkpoint.transformer_folder} lack "
+        f"{len(missing)} of the model's tensors, {missing[0]!r} first: computing with random ones "
+        "in their place would give noise. Fetch the checkpoint again."
     )
     return CheckpointError(msg)
 
@@ -319,7 +319,7 @@ def load_head(checkpoint: Checkpoint, output: Output) -> torch.nn.Linear:
     import torch
 
     path = checkpoint.folder / HEADS[output]
-    if output not in checkpoint.heads:
+    if output not in checkpoint.m3_heads:
         raise missing_head_error(checkpoint, output)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -371,6 +371,7 @@ def _unreadable(
 
     if any(is_out_of_memory(exc) for exc in _chain(error)):
         return out_of_memory_error(checkpoint.name, "cpu")
+    folder = checkpoint.transformer_folder
     if "trust_remote_code" in str(error):
         msg = (
             f"{checkpoint.name!r} carries Python code of its own for its {what}, which was not "
@@ -380,22 +381,22 @@ def _unreadable(
     elif any(isinstance(e, UnpicklingError) or "weights_only" in str(e) for e in _chain(error)):
         msg = (
             f"There is more than tensors in the {what} of {checkpoint.name!r} in "
-            f"{checkpoint.body}: the file is damaged, or a pickle with code in it, which was not "
+            f"{folder}: the file is damaged, or a pickle with code in it, which was not "
             "run. Use a checkpoint with model.safetensors, from a publisher whom you trust."
         )
     elif missing := next((e for e in _chain(error) if isinstance(e, ImportError)), None):
         msg = (
-            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be loaded without a "
+            f"The {what} of {checkpoint.name!r} in {folder} can't be loaded without a "
             f"package that is not installed here ({first_line(missing)}): install it."
         )
     elif denied := next((e for e in _chain(error) if isinstance(e, PermissionError)), None):
         msg = (
-            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be read "
+            f"The {what} of {checkpoint.name!r} in {folder} can't be read "
             f"({first_line(denied)}): check that this user may read it."
         )
     else:
         msg = (
-            f"The {what} of {checkpoint.name!r} in {checkpoint.body} can't be read "
+            f"The {what} of {checkpoint.name!r} in {folder} can't be read "
             f"({first_line(error)}): the files are damaged or incomplete, or config.json "
             "describes another model; fetch the checkpoint again."
         )

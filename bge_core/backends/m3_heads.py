@@ -75,7 +75,7 @@ class M3Heads:
         # With the encoder, since a file that is replaced later is another model's. What is wrong
         # with one is said to those who ask for its output.
         self._layers: dict[Output, torch.nn.Linear | str] = {}
-        for output in checkpoint.heads:
+        for output in checkpoint.m3_heads:
             try:
                 head = load_head(checkpoint, output)
                 self._layers[output] = head.to(device, getattr(torch, dtype))

@@ -154,7 +154,7 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
         {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
     )
     types = any("token_type_ids" in port.get_names() for port in compiled.inputs)
-    return OpenVINORunner(compiled, types=types, pad=checkpoint.pad)
+    return OpenVINORunner(compiled, types=types, pad=checkpoint.pad_token_id)
 
 
 def _kept_at(

@@ -146,7 +146,7 @@ def load_sentence_transformers(
         forward,
         None,
         types=takes_types(encoder),
-        pad=checkpoint.pad,
+        pad=checkpoint.pad_token_id,
         device=device,
         budget=default_budget(encoder.config, device, dtype),
     )

@@ -57,7 +57,7 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
             dtype=dtype,
             device=place,
         )
-    if kind == "embedder" and (not checkpoint.plain or pooling not in POOLS):
+    if kind == "embedder" and (not checkpoint.only_standard_modules or pooling not in POOLS):
         return load_sentence_transformers(checkpoint, place, dtype, trust)
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
     if bert is not None:
@@ -100,7 +100,7 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
         forward,
         pool,
         types=takes_types(encoder),
-        pad=checkpoint.pad,
+        pad=checkpoint.pad_token_id,
         device=place,
         budget=default_budget(encoder.config, place, dtype),
     )
@@ -130,6 +130,6 @@ def _packed(
         encoder,
         heads,
         device=device,
-        position_offset=checkpoint.padding_position,
+        position_offset=checkpoint.position_offset,
         budget=default_budget(config, device, options.dtype),
     )

@@ -155,7 +155,7 @@ def transformers_encoder(
 
         def rows(*sequences: TokenSequence) -> NDArray[np.float32]:
             return to_numpy(
-                encoder.hidden_states(Pack(sequences, device, checkpoint.padding_position))
+                encoder.hidden_states(Pack(sequences, device, checkpoint.position_offset))
             )
 
         with torch.inference_mode():

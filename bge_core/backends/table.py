@@ -75,7 +75,7 @@ def _load_openvino(
 def _not_by_openvino(checkpoint: Checkpoint, options: RunnerOptions) -> str | None:
     what = None
     if options.kind == "embedder" and (
-        not checkpoint.plain or options.pooling not in ("cls", "mean", "last")
+        not checkpoint.only_standard_modules or options.pooling not in ("cls", "mean", "last")
     ):
         what = "has modules of its own"
     elif options.pooling == "last" or checkpoint.pair_prompt is not None:

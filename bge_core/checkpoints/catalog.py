@@ -35,7 +35,7 @@ __all__ = [
 Kind = Literal["embedder", "reranker"]
 Pooling = Literal["cls", "mean", "last"]
 Output = Literal["dense", "sparse", "multi_vector"]
-Half = Literal["float16", "bfloat16"]
+HalfDtype = Literal["float16", "bfloat16"]
 
 _EN = "Represent this sentence for searching relevant passages: "
 _ZH = "为这个句子生成表示以用于检索相关文章："
@@ -165,7 +165,7 @@ class Profile:
     query_format: str = _PLAIN
     query_suffix: str = ""
     example_format: str = ""
-    half: Half = "float16"
+    half: HalfDtype = "float16"
     pair_prompt: PairPrompt | None = None
     layer_heads: LayerHeads | None = None
     tasks: Mapping[str, TaskInstruction] = field(default_factory=lambda: MappingProxyType({}))
@@ -186,7 +186,7 @@ class Profile:
         arguments.whole_number("max_length", self.max_length)
         if self.dimension is not None:
             arguments.whole_number("dimension", self.dimension, instead=" or None")
-        arguments.one_of("half", self.half, get_args(Half))
+        arguments.one_of("half", self.half, get_args(HalfDtype))
         if self.pooling is not None:
             arguments.one_of("pooling", self.pooling, get_args(Pooling), instead=", or None")
         for output in self.outputs:
@@ -355,7 +355,7 @@ def _reranker(
     max_length: int,
     licence: str = "mit",
     licence_note: str = "",
-    half: Half = "float16",
+    half: HalfDtype = "float16",
     pair_prompt: PairPrompt | None = None,
     layer_heads: LayerHeads | None = None,
 ) -> Profile:

@@ -109,56 +109,57 @@ class Checkpoint:
     Attributes:
         name: The hub id or folder that the user wrote.
         folder: Where its files are.
-        body: Where config, weights and tokenizer are: the folder, or its first module's.
+        transformer_folder: Where config, weights and tokenizer are: the folder, or its first
+            module's.
         family: `model_type` of config.json.
         kind: What its architecture and its files make it.
         profile: Its row in the table of checkpoints that are known by name; None if it has none of
             its kind.
         pooling: `"cls"`, `"mean"` or `"last"`; another mode's name where sentence-transformers'
             own modules have to run; None if the checkpoint doesn't say.
-        plain: Transformer, pooling of all tokens and normalisation are all of it.
+        only_standard_modules: Transformer, pooling of all tokens and normalisation are all of it.
         pools_prompts: Its pooling reads a prompt's tokens, too.
         routes: sentence-transformers' router sends queries and documents different ways in it.
         labels: Outputs of its classification head; 0 if it has none.
         hidden_size: Width of the last layer, which is a plain embedder's dimension.
         vocabulary: Tokens that the weights have an embedding for; 0 if it doesn't say.
         max_length: Tokens that it has positions for, special ones included.
-        default_length: Tokens that are read unless the user says otherwise.
+        default_max_length: Tokens that are read unless the user says otherwise.
         truncate_dim: How many of a vector's numbers are kept; None for all.
-        padding_position: Where positions are counted from in the families of RoBERTa: the
+        position_offset: Where positions are counted from in the families of RoBERTa: the
             padding token's id. None where they start at 0.
-        pad: The padding token's id.
+        pad_token_id: The padding token's id.
         lower_case: Texts are lower-cased before the tokenizer.
         truncation_side: Which end of a text is cut: `"right"` or `"left"`.
         layer_heads: After which layers a reranker has a score; None for after the last alone.
         prompts: Its own prompts for a `"query"` and a `"document"`, where it has one
             (config_sentence_transformers.json).
-        heads: Outputs of bge-m3 that it has a file for (`HEADS`).
+        m3_heads: Outputs of bge-m3 that it has a file for (`HEADS`).
     """
 
     name: str
     folder: Path
-    body: Path
+    transformer_folder: Path
     family: str
     kind: Kind
     profile: Profile | None
     pooling: str | None
-    plain: bool
+    only_standard_modules: bool
     pools_prompts: bool
     routes: bool
     labels: int
     hidden_size: int
     vocabulary: int
     max_length: int
-    default_length: int
+    default_max_length: int
     truncate_dim: int | None
-    padding_position: int | None
-    pad: int
+    position_offset: int | None
+    pad_token_id: int
     lower_case: bool
     truncation_side: str
     layer_heads: LayerHeads | None
     prompts: Mapping[str, str]
-    heads: frozenset[Output]
+    m3_heads: frozenset[Output]
 
     @property
     def pair_prompt(self) -> PairPrompt | None:
@@ -202,17 +203,17 @@ def read(source: Source, folder: Path) -> Checkpoint:
     """
     check_files(folder)
     modules = _modules(folder)
-    body = folder / (modules[0].path if modules else "")
-    if body != folder and body.is_dir():
-        check_files(body)
-    if (adapter := body / "adapter_config.json").exists():
+    transformer_folder = folder / (modules[0].path if modules else "")
+    if transformer_folder != folder and transformer_folder.is_dir():
+        check_files(transformer_folder)
+    if (adapter := transformer_folder / "adapter_config.json").exists():
         # It names another folder or hub id, and transformers would load that one's weights.
         msg = (
             f"{adapter} makes {source.model!r} an adapter of another model, which is not loaded: "
             "merge the two with peft's merge_and_unload() and save_pretrained(folder)."
         )
         raise CheckpointError(msg)
-    config = JsonFile(body / "config.json")
+    config = JsonFile(transformer_folder / "config.json")
     family = config.values.get("model_type")
     if not isinstance(family, str) or not family:
         msg = (
@@ -230,37 +231,37 @@ def read(source: Source, folder: Path) -> Checkpoint:
     pooling, whole = _pooling(folder, modules)
     if profile and modules is None:
         pooling = profile.pooling
-    reading = _reading(body)
+    reading = _reading(transformer_folder)
     if kind == "embedder":
         _check_reading(reading)
-    capacity, length = _lengths(config, reading, body, profile)
+    capacity, length = _lengths(config, reading, transformer_folder, profile)
     of_roberta = family in _OFFSET_FAMILIES
     pad = _pad(config, family)
     settings = JsonFile(folder / "config_sentence_transformers.json")
     return Checkpoint(
         name=source.model,
         folder=folder,
-        body=body,
+        transformer_folder=transformer_folder,
         family=family,
         kind=kind,
         profile=profile,
         pooling=pooling,
-        plain=_is_plain(modules) and whole and not _changes_model(reading),
+        only_standard_modules=_is_plain(modules) and whole and not _changes_model(reading),
         pools_prompts=whole,
         routes=any(module.kind in ("Router", "Asym") for module in modules or ()),
         labels=labels,
         hidden_size=config.whole("hidden_size", config.whole("dim", 0, least=0), least=1),
         vocabulary=config.whole("vocab_size", 0, least=0),
         max_length=capacity,
-        default_length=length,
+        default_max_length=length,
         truncate_dim=settings.whole("truncate_dim", 0, least=1) or None,
-        padding_position=pad if of_roberta else None,
-        pad=pad,
+        position_offset=pad if of_roberta else None,
+        pad_token_id=pad,
         lower_case=reading.flag("do_lower_case"),
-        truncation_side=_truncation_side(reading, body),
+        truncation_side=_truncation_side(reading, transformer_folder),
         layer_heads=_layer_heads(source.model, config, profile),
         prompts=_prompts(settings),
-        heads=frozenset(output for output, name in HEADS.items() if (folder / name).is_file()),
+        m3_heads=frozenset(output for output, name in HEADS.items() if (folder / name).is_file()),
     )
 
 
@@ -319,7 +320,7 @@ def is_m3_architecture(checkpoint: Checkpoint, pooling: str | None) -> bool:
     """
     return (
         checkpoint.family == "xlm-roberta"
-        and checkpoint.plain
+        and checkpoint.only_standard_modules
         and not checkpoint.labels
         and pooling == "cls"
     )
@@ -439,7 +440,7 @@ def _check_quantization(config: JsonFile, model: str) -> None:
 
 
 def _lengths(
-    config: JsonFile, reading: JsonFile, body: Path, profile: Profile | None
+    config: JsonFile, reading: JsonFile, transformer_folder: Path, profile: Profile | None
 ) -> tuple[int, int]:
     """Return the tokens that there are positions for, and those that are read by default."""
     of_roberta = config.values["model_type"] in _OFFSET_FAMILIES
@@ -452,7 +453,9 @@ def _lengths(
         config.refuse(f"max_position_embeddings leaves {positions} positions for tokens")
     capacity = min(positions, profile.max_length if profile else 1 << 30)
     settings = _tokenizer_settings(reading)
-    saved = JsonFile(body / "tokenizer_config.json").whole("model_max_length", capacity)
+    saved = JsonFile(transformer_folder / "tokenizer_config.json").whole(
+        "model_max_length", capacity
+    )
     if isinstance(given := settings.get("model_max_length"), int):
         saved = given
     elif reading.values.get("max_seq_length") is not None:
@@ -471,13 +474,13 @@ def _pad(config: JsonFile, family: str) -> int:
     return pad if 0 <= pad < vocabulary else 0
 
 
-def _reading(body: Path) -> JsonFile:
+def _reading(transformer_folder: Path) -> JsonFile:
     """Read sentence-transformers' settings of the tokenizer, by whichever name they have."""
     for name in _READING_FILES:
-        found = JsonFile(body / name)
+        found = JsonFile(transformer_folder / name)
         if found.values:
             return found
-    return JsonFile(body / _READING_FILES[0])
+    return JsonFile(transformer_folder / _READING_FILES[0])
 
 
 def _check_reading(reading: JsonFile) -> None:
@@ -522,8 +525,8 @@ def _tokenizer_settings(reading: JsonFile) -> dict[str, Any]:
     return reading.mapping("tokenizer_args") or reading.mapping("processor_kwargs")
 
 
-def _truncation_side(reading: JsonFile, body: Path) -> str:
-    file = JsonFile(body / "tokenizer_config.json")
+def _truncation_side(reading: JsonFile, transformer_folder: Path) -> str:
+    file = JsonFile(transformer_folder / "tokenizer_config.json")
     side = (
         _tokenizer_settings(reading).get("truncation_side")
         or file.values.get("truncation_side")

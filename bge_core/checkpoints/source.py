@@ -186,7 +186,7 @@ def _fetch(source: Source, patterns: tuple[str, ...]) -> Path:
         return fetch(local=local)
     except Exception as exc:
         # Of a full commit that is in the cache the hub is asked all the same.
-        if local or _has_no_room(exc):
+        if local or _is_disk_full(exc):
             raise
         try:
             folder = fetch(local=True)
@@ -203,13 +203,13 @@ def _fetch(source: Source, patterns: tuple[str, ...]) -> Path:
         return folder
 
 
-def _has_no_room(exc: Exception) -> bool:
+def _is_disk_full(exc: Exception) -> bool:
     return isinstance(exc, OSError) and exc.errno in _NO_ROOM
 
 
 def _not_found_error(source: Source, exc: Exception) -> CheckpointError:
     where = f"cache_folder={source.hub_cache!r}" if source.hub_cache else "the hub cache"
-    if _has_no_room(exc):
+    if _is_disk_full(exc):
         msg = (
             f"model={source.model!r} can't be downloaded: {where} has no room "
             f"({first_line(exc)}). Free some, or pass cache_folder='...' on another disk."

@@ -187,12 +187,13 @@ class LocalModel(Closeable):
     def dimension(self) -> int | None:
         """Length of its vectors; None where modules of its own decide."""
         found = self.checkpoint
-        return found.hidden_size if found.plain and self.pooling in _POOLINGS else None
+        standard = found.only_standard_modules and self.pooling in _POOLINGS
+        return found.hidden_size if standard else None
 
     @property
     def max_length(self) -> int:
         """Tokens that are read of a text, special ones included."""
-        return self.options.max_length or self.checkpoint.default_length
+        return self.options.max_length or self.checkpoint.default_max_length
 
     @property
     def capacity(self) -> int:

@@ -208,7 +208,7 @@ class ServedModel(Closeable, Generic[Item]):
     def dimension(self) -> int | None:
         """Length of its vectors; None where neither its name nor its folder says it."""
         if checkpoint := self.checkpoint():
-            return checkpoint.hidden_size if checkpoint.plain else None
+            return checkpoint.hidden_size if checkpoint.only_standard_modules else None
         return self.profile.dimension if self.profile else None
 
     @property
@@ -221,7 +221,7 @@ class ServedModel(Closeable, Generic[Item]):
         if self._max_length is not None:
             return self._max_length
         if checkpoint := self.checkpoint():
-            return checkpoint.default_length
+            return checkpoint.default_max_length
         if self.profile is not None:
             return self.profile.max_length
         msg = (
