@@ -282,7 +282,9 @@ class LocalModelFields(BaseModel, ContextManaged):
 
     def __hash__(self) -> int:
         """Hash what can't be changed, so that the hash stays while the object lives."""
-        frozen = ((name, value) for name, value in self._compared().items() if self._fixed(name))
+        frozen = (
+            (name, value) for name, value in self._compared().items() if self._is_frozen(name)
+        )
         return hash((type(self), *((name, repr(value)) for name, value in frozen)))
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -322,7 +324,7 @@ class LocalModelFields(BaseModel, ContextManaged):
 
     def _options(self) -> dict[str, Any]:
         """Return the fields of this class as the core's keywords."""
-        return {name: _revealed(getattr(self, name)) for name in LocalModelFields.model_fields}
+        return {name: _secret_value(getattr(self, name)) for name in LocalModelFields.model_fields}
 
     def _copied_fields(self) -> dict[str, Any]:
         """Return what a copy is made of."""
@@ -333,7 +335,7 @@ class LocalModelFields(BaseModel, ContextManaged):
         names = (name for name in type(self).model_fields if name not in self._not_compared)
         return {name: getattr(self, name) for name in names}
 
-    def _fixed(self, name: str) -> bool:
+    def _is_frozen(self, name: str) -> bool:
         return bool(type(self).model_fields[name].frozen)
 
 
@@ -363,7 +365,7 @@ class ServedModelFields(LocalModelFields):
     whose scores is its score. Queries are cut in any case, and a server cuts as it does."""
 
     def _options(self) -> dict[str, Any]:
-        return {name: _revealed(getattr(self, name)) for name in ServedModelFields.model_fields}
+        return {name: _secret_value(getattr(self, name)) for name in ServedModelFields.model_fields}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -461,7 +463,7 @@ def earlier_score_key(metadata: Mapping[str, Any]) -> str:
     return next(name for name in names if name not in metadata)
 
 
-def _revealed(value: Any) -> Any:
+def _secret_value(value: Any) -> Any:
     return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 

@@ -194,7 +194,7 @@ class M3Embedder(HasModel):
             )
             raise ArgumentError(msg)
         self._model = local
-        self._check_make()
+        self._check_architecture()
         self._init_process_state()
 
     @property
@@ -226,7 +226,7 @@ class M3Embedder(HasModel):
             profile = find_profile(self.model, "embedder")
             lacking = [output for output in outputs if profile and output not in profile.outputs]
             if lacking:
-                raise _gives_no(self.model, lacking[0])
+                raise _missing_output_error(self.model, lacking[0])
             return
         for output in outputs:
             if output != "dense" and output not in found.m3_heads:
@@ -370,12 +370,12 @@ class M3Embedder(HasModel):
         if self._share:
             self._stop_sharing = share_outputs(self, self._model.options.source.name)
 
-    def _check_make(self) -> None:
+    def _check_architecture(self) -> None:
         """Refuse what is known by now to be no checkpoint of bge-m3's make."""
         if self._model.is_local_folder:
-            _check_make(self.checkpoint)
+            _check_architecture(self.checkpoint)
         elif (profile := find_profile(self.model, "embedder")) and profile.family != "xlm-roberta":
-            raise _gives_no(self.model, "sparse")
+            raise _missing_output_error(self.model, "sparse")
 
     def _asked(
         self, dense: bool, sparse: bool, multi_vector: bool, tokens: bool
@@ -428,7 +428,7 @@ class M3Embedder(HasModel):
         """Refuse a missing or damaged layer here: in a worker it would fail its whole pack."""
         if outputs <= self._checked:
             return
-        _check_make(self.checkpoint)
+        _check_architecture(self.checkpoint)
         for output in sorted(outputs - self._checked):
             if output != "dense":
                 with hold_interpreter_exit():
@@ -546,7 +546,7 @@ class _Scoring(Call[str]):
         return total / sum(given.values())
 
 
-def _check_make(checkpoint: Checkpoint) -> None:
+def _check_architecture(checkpoint: Checkpoint) -> None:
     if not is_m3_architecture(
         checkpoint, checkpoint.pooling or ("cls" if checkpoint.m3_heads else None)
     ):
@@ -557,7 +557,7 @@ def _check_make(checkpoint: Checkpoint) -> None:
         raise CheckpointError(msg)
 
 
-def _gives_no(name: str, output: Output) -> CheckpointError:
+def _missing_output_error(name: str, output: Output) -> CheckpointError:
     msg = (
         f"{name!r} gives no {output.replace('_', '-')} outputs: use 'BAAI/bge-m3' for them, and an "
         "embedding class for this model's dense vectors."

@@ -44,8 +44,8 @@ class TokenSequence:
 
     Attributes:
         ids: Token ids with special tokens, cut to `max_length`.
-        second: Index at which the second segment of a pair begins (token type 1); `len(ids)`
-            for a single text and for models without token types.
+        second_segment_start: Index at which the second segment of a pair begins (token type 1);
+            `len(ids)` for a single text and for models without token types.
         requested_outputs: The outputs of bge-m3 that make its row; None for the plain vector or
             score, which is the row of every other model.
         shares_outputs: Whether its pass may take from the output cache and leave the other output
@@ -57,7 +57,7 @@ class TokenSequence:
     """
 
     ids: list[int]
-    second: int
+    second_segment_start: int
     requested_outputs: frozenset[Output] | None = None
     shares_outputs: bool = True
     prompt_length: int = 0
@@ -180,8 +180,8 @@ class Tokenizer:
         layouts = self.passage_layouts(
             [query for query, _ in pairs], prompt, max_length=max_length, limit=limit
         )
-        lead = "" if prompt is None else prompt.passage
-        return self.fit(layouts, [lead + passage for _, passage in pairs])
+        prefix = "" if prompt is None else prompt.passage
+        return self.fit(layouts, [prefix + passage for _, passage in pairs])
 
     def encode_between(
         self, texts: Sequence[str], *, around: tuple[str, str], max_length: int, limit: int
@@ -260,10 +260,10 @@ class Tokenizer:
             # As in FlagEmbedding, whether or not a single text gets one.
             first = self._prefix if self._bos is None else [self._bos]
             query_room = max_length * 3 // 4
-        lead = "" if prompt is None else prompt.query
+        prefix = "" if prompt is None else prompt.query
         distinct = list(dict.fromkeys(queries))
         layouts = {}
-        written = self._ids([lead + query for query in distinct])
+        written = self._ids([prefix + query for query in distinct])
         for query, ids in zip(distinct, written, strict=True):
             asked = self._cut(ids, query_room)
             before = [*first, *asked, *between]

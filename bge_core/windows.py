@@ -49,10 +49,14 @@ def split(
         ArgumentError: No token of a passage would fit.
     """
     (offsets,) = tokenizer.offsets([prefix + text])
-    size, lead = layout.max_text_tokens, len(prefix)
+    size, prefix_length = layout.max_text_tokens, len(prefix)
     if len(offsets) <= size:
         return [(0, len(text))]
-    own = [(max(start - lead, 0), end - lead) for start, end in offsets if not lead or end > lead]
+    own = [
+        (max(start - prefix_length, 0), end - prefix_length)
+        for start, end in offsets
+        if not prefix_length or end > prefix_length
+    ]
     head = len(offsets) - len(own)
     if size <= head:
         fixed = len(layout.before) + head + len(layout.after)

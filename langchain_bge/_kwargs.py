@@ -78,7 +78,7 @@ def fold(arguments: Mapping[str, Any], *, of: str, keys: Mapping[str, str]) -> d
         if value is None:
             continue
         # No values in the message: one of them may be a token.
-        if folded.get(name) is not None and _word(folded[name]) != _word(value):
+        if folded.get(name) is not None and _without_torch(folded[name]) != _without_torch(value):
             msg = (
                 f"{label} and {name} are one setting, and two values were given for it: pass "
                 f"{name}=... and drop the key."
@@ -106,5 +106,5 @@ def _check_batch_size(label: str, value: object) -> None:
         raise ArgumentError(msg)
 
 
-def _word(value: object) -> str:
+def _without_torch(value: object) -> str:
     return str(value).removeprefix("torch.")

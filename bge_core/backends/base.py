@@ -80,7 +80,7 @@ def padded_inputs(
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence.id_array
         mask[row, : len(sequence)] = 1
-        second[row, sequence.second : len(sequence)] = 1
+        second[row, sequence.second_segment_start : len(sequence)] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
     return {**inputs, "token_type_ids": second} if types else inputs
 

@@ -116,8 +116,8 @@ class _Attention(torch.nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended = attend(
-            _turned(queries, turns),
-            _turned(keys, turns),
+            _rotated(queries, turns),
+            _rotated(keys, turns),
             values,
             pack,
             causal=True,
@@ -252,7 +252,7 @@ class LayerwiseRunner:
         start = 0
         for sequence in pack.sequences:
             size = len(sequence)
-            first, last = sequence.second, size - self._tail
+            first, last = sequence.second_segment_start, size - self._tail
             heads = [*range(first), *range(first, last, ratio), *range(last, size)]
             shorter.append(TokenSequence([sequence.ids[head] for head in heads], first))
             starts += [start + head for head in heads]
@@ -309,7 +309,7 @@ def load_layerwise_runner(
     )
 
 
-def _turned(heads: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def _rotated(heads: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     """Turn queries or keys by their positions, [rows, heads, head_dim]."""
     cosine, sine = turns
     one, two = heads.float().chunk(2, -1)

@@ -95,14 +95,14 @@ def _load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Token
             "the two is of another model; fetch the checkpoint again."
         )
         raise CheckpointError(msg)
-    marks = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
+    specials = (loaded.cls_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id)
     return Tokenizer(
         loaded.backend_tokenizer,
         pad=checkpoint.pad_token_id,
         lower_case=checkpoint.lower_case,
         bos=loaded.bos_token_id,
         truncation_side=checkpoint.truncation_side,
-        special_token_ids={mark for mark in marks if mark is not None},
+        special_token_ids={special for special in specials if special is not None},
     )
 
 

@@ -99,20 +99,22 @@ class M3Heads:
             self._cache.clear_unless_shared()
             if all(sequence.requested_outputs is None for sequence in sequences):
                 return self._plain.run(sequences, encoder, make_pack)
-        taken = [self._taken(sequence) if shared else None for sequence in sequences]
-        missing = [one for one, row in zip(sequences, taken, strict=True) if row is None]
+        cached = [self._cached_row(sequence) if shared else None for sequence in sequences]
+        missing = [one for one, row in zip(sequences, cached, strict=True) if row is None]
         computed: Iterator[M3Row] = iter(())
         if missing:
             computed = iter(self._computed(missing, encoder, make_pack, shared=shared))
-        rows = [next(computed) if row is None else row for row in taken]
-        return [_shape(sequence, row) for sequence, row in zip(sequences, rows, strict=True)]
+        rows = [next(computed) if row is None else row for row in cached]
+        return [
+            _only_requested(sequence, row) for sequence, row in zip(sequences, rows, strict=True)
+        ]
 
-    def _taken(self, sequence: TokenSequence) -> M3Row | None:
+    def _cached_row(self, sequence: TokenSequence) -> M3Row | None:
         """Return the cached row of another caller's pass, where it is all that is requested."""
-        wanted = _wanted(sequence)
-        if not sequence.shares_outputs or len(wanted) > 1 or not wanted <= _SHARED:
+        requested = _requested(sequence)
+        if not sequence.shares_outputs or len(requested) > 1 or not requested <= _SHARED:
             return None
-        (output,) = wanted
+        (output,) = requested
         arrays: Any = self._cache.take(sequence.ids, output)
         if arrays is None:
             return None
@@ -126,9 +128,13 @@ class M3Heads:
         *,
         shared: bool,
     ) -> list[M3Row]:
-        leaving = shared and any(sequence.shares_outputs for sequence in sequences)
-        weighted = self._asked(sequences, "sparse") or (leaving and self._may_leave_sparse())
-        multi = [place for place, one in enumerate(sequences) if "multi_vector" in _wanted(one)]
+        caching = shared and any(sequence.shares_outputs for sequence in sequences)
+        weighted = self._is_requested(sequences, "sparse") or (
+            caching and self._can_compute_sparse()
+        )
+        multi = [
+            position for position, one in enumerate(sequences) if "multi_vector" in _requested(one)
+        ]
         if not weighted and not multi:
             return [M3Row(dense=row) for row in self._plain.run(sequences, encoder, make_pack)]
         pack = make_pack(sequences)
@@ -137,39 +143,39 @@ class M3Heads:
         weights = to_numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
         vectors = self._vectors(hidden, pack, multi)
         rows, start = [], 0
-        for place, sequence in enumerate(sequences):
+        for position, sequence in enumerate(sequences):
             end = start + len(sequence)
             sparse = None if weights is None else _strongest(sequence.ids, weights[start:end])
-            rows.append(M3Row(dense[place].copy(), sparse, vectors.get(place)))
-            if leaving:
-                self._leave(sequence, rows[-1])
+            rows.append(M3Row(dense[position].copy(), sparse, vectors.get(position)))
+            if caching:
+                self._cache_output(sequence, rows[-1])
             start = end
         return rows
 
     def _vectors(
-        self, hidden: Tensor, pack: Pack, places: Sequence[int]
+        self, hidden: Tensor, pack: Pack, positions: Sequence[int]
     ) -> dict[int, NDArray[np.float32]]:
-        """Compute the token vectors of some sequences of a pack, by place."""
+        """Compute the token vectors of some sequences of a pack, by position."""
         vectors = {}
         starts = np.cumsum([0, *pack.lengths])
-        for place in places:
-            own = hidden[starts[place] + 1 : starts[place + 1]]
+        for position in positions:
+            own = hidden[starts[position] + 1 : starts[position + 1]]
             unit = torch.nn.functional.normalize(self._layer("multi_vector")(own).float(), dim=-1)
-            vectors[place] = to_numpy(unit)
+            vectors[position] = to_numpy(unit)
         return vectors
 
-    def _leave(self, sequence: TokenSequence, row: M3Row) -> None:
+    def _cache_output(self, sequence: TokenSequence, row: M3Row) -> None:
         """Cache the output that was computed and not requested, for the next caller."""
         if not sequence.shares_outputs or row.sparse is None or row.dense is None:
             return
         computed: dict[Output, CachedOutput] = {"dense": (row.dense,), "sparse": row.sparse}
-        for output in _SHARED - _wanted(sequence):
+        for output in _SHARED - _requested(sequence):
             self._cache.keep(sequence.ids, output, computed[output])
 
-    def _asked(self, sequences: Sequence[TokenSequence], output: Output) -> bool:
-        return any(output in _wanted(sequence) for sequence in sequences)
+    def _is_requested(self, sequences: Sequence[TokenSequence], output: Output) -> bool:
+        return any(output in _requested(sequence) for sequence in sequences)
 
-    def _may_leave_sparse(self) -> bool:
+    def _can_compute_sparse(self) -> bool:
         try:
             self._layer("sparse")
         except CheckpointError:
@@ -186,11 +192,11 @@ class M3Heads:
         return layer
 
 
-def _wanted(sequence: TokenSequence) -> frozenset[Output]:
+def _requested(sequence: TokenSequence) -> frozenset[Output]:
     return sequence.requested_outputs or _DENSE
 
 
-def _shape(sequence: TokenSequence, row: M3Row) -> Any:
+def _only_requested(sequence: TokenSequence, row: M3Row) -> Any:
     """Return the requested outputs of a sequence only."""
     outputs = sequence.requested_outputs
     if outputs is None:
@@ -206,9 +212,9 @@ def _strongest(
     ids: Sequence[int], weights: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return each distinct id with its greatest weight; ids without one are left out."""
-    distinct, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    distinct, positions = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
     strongest = np.zeros(len(distinct), dtype=np.float32)
     with np.errstate(invalid="ignore"):
-        np.maximum.at(strongest, places, weights)
+        np.maximum.at(strongest, positions, weights)
     kept = ~(strongest <= 0)  # so that NaN is kept, to be refused
     return distinct[kept].astype(np.int32), strongest[kept]

@@ -123,7 +123,7 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
         ) from exc
     kind, pooling = options.kind, options.pooling
     core = openvino.Core()
-    file = _kept_at(checkpoint, kind, pooling, openvino.__version__, options.cache_folder)
+    file = _cache_path(checkpoint, kind, pooling, openvino.__version__, options.cache_folder)
     model: Any = None
     if file is not None and file.exists():
         try:
@@ -138,7 +138,7 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
         model = _converted(openvino, checkpoint, loaded, pooling)
         try:
             if file is not None:
-                _keep(openvino, core, model, file)
+                _save(openvino, core, model, file)
         except (OSError, RuntimeError) as exc:
             logger.warning(
                 "The converted %r can't be kept in %s (%s): free some room there, or pass "
@@ -157,7 +157,7 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
     return OpenVINORunner(compiled, types=types, pad=checkpoint.pad_token_id)
 
 
-def _kept_at(
+def _cache_path(
     checkpoint: Checkpoint,
     kind: Kind,
     pooling: str | None,
@@ -179,7 +179,7 @@ def _kept_at(
 
 
 @contextlib.contextmanager
-def _some_home() -> Iterator[None]:
+def _temporary_home() -> Iterator[None]:
     """Set the temporary folder as the home of a user without one: OpenVINO's telemetry needs it."""
     try:
         Path.home()
@@ -199,7 +199,7 @@ def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str |
         example["token_type_ids"] = torch.zeros(2, 8).long()
     logger.info("Converting %r for OpenVINO.", checkpoint.name)
     try:
-        with torch.inference_mode(), warnings.catch_warnings(), _some_home():
+        with torch.inference_mode(), warnings.catch_warnings(), _temporary_home():
             # The tracer warns of every shape that transformers looks at; the numbers are tested.
             warnings.simplefilter("ignore")
             return openvino.convert_model(_Rows(model, pooling), example_input=example)
@@ -210,7 +210,7 @@ def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str |
         raise CheckpointError(msg) from exc
 
 
-def _keep(openvino: Any, core: Any, model: Any, file: Path) -> None:
+def _save(openvino: Any, core: Any, model: Any, file: Path) -> None:
     file.parent.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there whole: nothing half-written is ever found.
     work = Path(tempfile.mkdtemp(dir=file.parent.parent))

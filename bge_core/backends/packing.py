@@ -102,7 +102,7 @@ class Pack:
         np.concatenate([sequence.id_array for sequence in self.sequences], out=ids)
         starts = np.repeat(self._bounds[:-1], self.lengths)
         np.subtract(np.arange(tokens), starts, out=positions)
-        seconds = [sequence.second for sequence in self.sequences]
+        seconds = [sequence.second_segment_start for sequence in self.sequences]
         if seconds != self.lengths:
             np.greater_equal(positions, np.repeat(seconds, self.lengths), out=types)
         if (pad := self.position_offset) is not None:

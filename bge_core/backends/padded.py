@@ -89,10 +89,10 @@ class _ModulesRunner(PaddedRunner):
         lengths = np.array([sequence.prompt_length for sequence in sequences])
         outcome: dict[int, NDArray[np.float32]] = {}
         for length in np.unique(lengths):  # one for a whole batch is what they take
-            places = np.flatnonzero(lengths == length).tolist()
-            chosen = [sequences[place] for place in places]
+            positions = np.flatnonzero(lengths == length).tolist()
+            chosen = [sequences[place] for place in positions]
             rows = self._compute(chosen, {"prompt_length": int(length)} if length else {})
-            outcome.update(zip(places, rows, strict=True))
+            outcome.update(zip(positions, rows, strict=True))
         return np.stack([outcome[place] for place in range(len(sequences))])
 
 

@@ -72,7 +72,7 @@ def _load_openvino(
     return [load_openvino_runner(checkpoint, options)] * len(devices)
 
 
-def _not_by_openvino(checkpoint: Checkpoint, options: RunnerOptions) -> str | None:
+def _unsupported_by_openvino(checkpoint: Checkpoint, options: RunnerOptions) -> str | None:
     what = None
     if options.kind == "embedder" and (
         not checkpoint.only_standard_modules or options.pooling not in ("cls", "mean", "last")
@@ -91,7 +91,7 @@ BACKENDS: dict[str, Backend] = {
     "torch": Backend(load=_load_torch),
     "openvino": Backend(
         load=_load_openvino,
-        unsupported=_not_by_openvino,
+        unsupported=_unsupported_by_openvino,
         device="cpu",
         dtype="float32",
         package="openvino",

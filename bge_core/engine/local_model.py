@@ -277,12 +277,12 @@ class LocalModel(Closeable):
                 return engine
             return self._engine
 
-    def _check_length(self, most: int) -> None:
+    def _check_length(self, limit: int) -> None:
         asked = self.options.max_length
-        if asked is not None and asked > most:
+        if asked is not None and asked > limit:
             msg = (
-                f"max_length={asked} is more than the {most} tokens that {self.model!r} can take: "
-                f"pass {most} or less, or None."
+                f"max_length={asked} is more than the {limit} tokens that {self.model!r} can take: "
+                f"pass {limit} or less, or None."
             )
             raise ArgumentError(msg)
 

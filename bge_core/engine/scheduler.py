@@ -338,11 +338,11 @@ class _Workers:
     def _scatter_results(self, pack: list[_Entry], rows: Iterable[Any]) -> None:
         done: dict[int, tuple[_Job, list[int], Rows]] = {}
         for (job, place, _), row in zip(pack, rows, strict=True):
-            _, places, own = done.setdefault(id(job), (job, [], []))
-            places.append(place)
+            _, positions, own = done.setdefault(id(job), (job, [], []))
+            positions.append(place)
             own.append(row)
-        for job, places, own in done.values():
-            job.accept(places, own)
+        for job, positions, own in done.values():
+            job.accept(positions, own)
 
     def _retry_in_smaller_batches(
         self,

@@ -131,7 +131,7 @@ def write_shards(
         fn_constructor_args=(step, source, target),
         batch_size=1,
         batch_format="pyarrow",
-        **_pool(step, actors, cpus, most=len(names)),
+        **_pool(step, actors, cpus, limit=len(names)),
     ).take_all()
     for file in there.get_file_info(fs.FileSelector(new_folder)):
         if file.base_name.startswith(".") and file.extension == "part":
@@ -150,8 +150,8 @@ class _Worker:
         return self._step(table)
 
 
-def _pool(step: Step, actors: int | None, cpus: int, *, most: int | None = None) -> dict[str, Any]:
-    """Return what map_batches needs for a pool of engines, at most `most` of them."""
+def _pool(step: Step, actors: int | None, cpus: int, *, limit: int | None = None) -> dict[str, Any]:
+    """Return what map_batches needs for a pool of engines, at most `limit` of them."""
     if actors is not None:
         arguments.whole_number("actors", actors)
     arguments.whole_number("cpus", cpus)
@@ -172,7 +172,7 @@ def _pool(step: Step, actors: int | None, cpus: int, *, most: int | None = None)
         each = {"num_cpus": cpus}
     return {
         "compute": ray.data.ActorPoolStrategy(
-            size=min(size, most or size),
+            size=min(size, limit or size),
             max_tasks_in_flight_per_actor=_BATCHES_AT_ONCE,
             max_concurrent_calls_per_actor=_BATCHES_AT_ONCE,
             enable_true_multi_threading=True,

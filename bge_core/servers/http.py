@@ -373,10 +373,10 @@ class Endpoint:
         said = self._masked(f"{self.url}{path} {said}")
         return self._masked(f"{said[:1000]}. {hint}".rstrip())
 
-    def _shown(self, found: object, most: int = 200) -> str:
+    def _shown(self, found: object, limit: int = 200) -> str:
         """Make what came from outside short and plain, without tags and without the token."""
         text = self._masked(plain_line(found))
-        return text if len(text) <= most else f"{text[:most]}..."
+        return text if len(text) <= limit else f"{text[:limit]}..."
 
     def _named(self, exc: BaseException) -> str:
         words = self._shown(exc)

@@ -346,7 +346,7 @@ class ServedModel(Closeable, Generic[Item]):
             EndpointError: The server fails, or takes not even one item.
         """
         batches = [
-            batch for group in groups for batch in _batches(group, texts, most=self._batch_size)
+            batch for group in groups for batch in _batches(group, texts, limit=self._batch_size)
         ]
 
         async def request(batch: Sequence[int]) -> None:
@@ -703,13 +703,13 @@ def _checked_name(name: object) -> str | None:
 
 
 def _batches(
-    positions: Sequence[int], texts: Sequence[str], *, most: int
+    positions: Sequence[int], texts: Sequence[str], *, limit: int
 ) -> Iterator[Sequence[int]]:
     """Cut positions of texts into what one request carries."""
     start = characters = 0
     for end, position in enumerate(positions):
         characters += len(texts[position])
-        if end > start and (end - start == most or characters > _BATCH_CHARACTERS):
+        if end > start and (end - start == limit or characters > _BATCH_CHARACTERS):
             yield positions[start:end]
             start, characters = end, len(texts[position])
     yield positions[start:]

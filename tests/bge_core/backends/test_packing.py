@@ -68,7 +68,9 @@ def test_inputs_are_those_of_the_models_own_code(pairs, offset, bucketed):
             positions = torch.cumsum(real, 0) * real + offset
         assert own["input_ids"].equal(ids)
         assert own["position_ids"].equal(positions)
-        assert own["token_type_ids"].equal((torch.arange(len(text)) >= text.second).long())
+        assert own["token_type_ids"].equal(
+            (torch.arange(len(text)) >= text.second_segment_start).long()
+        )
         start += len(text)
     rows = round_up_to_bucket(start) if bucketed else start
     for name, tensor in inputs.items():
