@@ -25,7 +25,7 @@ from bge_core.lifecycle import fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
 from bge_core.reranker import Scored, Scorer
 from bge_core.tokenizer import can_tokenize_inline
-from bge_core.windows import best_window, compute_windows, split
+from bge_core.windows import score_windows, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -643,16 +643,7 @@ class M3Reranker(Scorer):
         model = self._embedder.local
         tokenizer = model.tokenizer()
         layout = tokenizer.text_layout(model.max_length)
-        rows, spans = yield from compute_windows(
-            pairs,
-            split_item=lambda pair: split(tokenizer, pair[1], layout),
-            window_of=lambda pair, span: (pair[0], pair[1][slice(*span)]),
-            compute=score,
+        scores, spans = yield from score_windows(
+            pairs, split_item=lambda pair: split(tokenizer, pair[1], layout), compute=score
         )
-        best = [best_window(row) for row in rows]
-        scores = np.array(
-            [row[index] for row, index in zip(rows, best, strict=True)], dtype=np.float32
-        )
-        return Scored(
-            scores, scores, [found[index] for found, index in zip(spans, best, strict=True)]
-        )
+        return Scored(scores, scores, spans)

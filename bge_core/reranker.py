@@ -21,7 +21,7 @@ from bge_core.layers import LayerOptions
 from bge_core.lifecycle import ContextManaged, fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
 from bge_core.tokenizer import can_tokenize_inline
-from bge_core.windows import best_window, compute_windows, split
+from bge_core.windows import score_windows, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -404,7 +404,7 @@ class Reranker(HasModel, Scorer):
     def _window_logits(
         self, pairs: Sequence[Pair], priority: Priority, progress: Progress
     ) -> Steps[tuple[NDArray[np.float32], list[Span]]]:
-        """Score each passage's windows as passages; the best one's score is the passage's."""
+        """Score pairs by their passages' windows."""
         model, prompt = self._model, self._model.pair_prompt
         tokenizer = model.tokenizer()
         queries = list(dict.fromkeys(query for query, _ in pairs))
@@ -418,17 +418,13 @@ class Reranker(HasModel, Scorer):
             len(pairs),
         )
         prefix = "" if prompt is None else prompt.passage
-        rows, spans = yield from compute_windows(
-            pairs,
-            split_item=lambda pair: split(tokenizer, pair[1], layouts[pair[0]], prefix=prefix),
-            window_of=lambda pair, span: (pair[0], pair[1][slice(*span)]),
-            compute=lambda windows, _: self._logits(windows, priority, progress, reports=False),
+        return (
+            yield from score_windows(
+                pairs,
+                split_item=lambda pair: split(tokenizer, pair[1], layouts[pair[0]], prefix=prefix),
+                compute=lambda some, _: self._logits(some, priority, progress, reports=False),
+            )
         )
-        best = [best_window(row) for row in rows]
-        logits = np.array(
-            [row[index] for row, index in zip(rows, best, strict=True)], dtype=np.float32
-        )
-        return logits, [found[index] for found, index in zip(spans, best, strict=True)]
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:

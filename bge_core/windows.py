@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bge_core.engine.call import Steps
     from bge_core.tokenizer import SequenceLayout, Tokenizer
 
-__all__ = ["Span", "best_window", "compute_windows", "split"]
+__all__ = ["Span", "best_window", "compute_windows", "score_windows", "split"]
 
 Span = tuple[int, int]
 """Characters [start, end) of a passage."""
@@ -132,3 +132,31 @@ def best_window(scores: NDArray[np.float32]) -> int:
     A score that is not finite comes first, so that it is refused as it is without windows.
     """
     return int(np.where(np.isfinite(scores), scores, np.inf).argmax())
+
+
+def score_windows(
+    pairs: Sequence[tuple[str, str]],
+    *,
+    split_item: Callable[[tuple[str, str]], list[Span]],
+    compute: Callable[[list[tuple[str, str]], set[tuple[str, str]]], Steps[NDArray[np.float32]]],
+) -> Steps[tuple[NDArray[np.float32], list[Span]]]:
+    """Score each passage's windows as passages; the best one's score is the passage's.
+
+    Args:
+        pairs: (query, passage) pairs.
+        split_item: Returns the windows of a pair's passage.
+        compute: Scores pairs, as in `compute_windows`.
+
+    Returns:
+        Of each pair the best score, [n] float32, and the characters that it is of.
+    """
+    rows, spans = yield from compute_windows(
+        pairs,
+        split_item=split_item,
+        window_of=lambda pair, span: (pair[0], pair[1][slice(*span)]),
+        compute=compute,
+    )
+    best = [best_window(row) for row in rows]
+    scores = [row[index] for row, index in zip(rows, best, strict=True)]
+    chosen = [found[index] for found, index in zip(spans, best, strict=True)]
+    return np.array(scores, dtype=np.float32), chosen
