@@ -16,6 +16,8 @@ from bge_core.m3 import M3Embedder, M3Reranker
 from bge_core.options import (
     EmbedderArguments,
     RerankerArguments,
+    ServerArguments,
+    ServerOptions,
     given_options,
     with_options_of,
 )
@@ -35,14 +37,11 @@ __all__ = ["make_embedder", "make_reranker", "make_scorer"]
 
 
 @with_options_of(Embedder)
+@with_options_of(ServerOptions)
 def make_embedder(
     model: str | os.PathLike[str],
     *,
     endpoint: str | None = None,
-    api_key: str | None = None,
-    timeout: float | None = None,
-    served_model_name: str | None = None,
-    endpoint_batch_size: int | None = None,
     **options: Unpack[EmbedderArguments],
 ) -> Embedder:
     """Make an embedder on this machine, or one that asks a server.
@@ -50,13 +49,9 @@ def make_embedder(
     Args:
         model: A hub id or a folder.
         endpoint: A server's address; None for this machine.
-        api_key: The server's token, as `RemoteEmbedder` takes it.
-        timeout: Seconds to wait for one answer of the server.
-        served_model_name: The server's name of the model, where it is another than `model`.
-        endpoint_batch_size: Texts that one request to the server carries, at most; None for 32.
-        **options: As `Embedder` takes them. With an endpoint, what says how a model is loaded and
-            run is the server's, and refused; `max_length` says how much the server reads, for
-            `long_passages="window"`.
+        **options: As `Embedder` takes them, and with an endpoint as `RemoteEmbedder` does: what
+            says how a model is loaded and run is the server's then, and refused; `max_length` says
+            how much the server reads, for `long_passages="window"`.
 
     Returns:
         A `RemoteEmbedder` where there is an endpoint, else an `Embedder`.
@@ -73,28 +68,20 @@ def make_embedder(
         >>> type(served).__name__
         'RemoteEmbedder'
     """
-    server: dict[str, Any] = {
-        "api_key": api_key,
-        "timeout": timeout,
-        "served_model_name": served_model_name,
-        "endpoint_batch_size": endpoint_batch_size,
-    }
+    own, server = _split(options)
     if endpoint is None:
         _check_no_server(server)
-        return Embedder(model, **options)
-    served = _served(options, local=Embedder, served=RemoteEmbedder)
+        return Embedder(model, **own)
+    served = _served(own, local=Embedder, served=RemoteEmbedder)
     return RemoteEmbedder(model, endpoint=endpoint, **server, **served)
 
 
 @with_options_of(Reranker)
+@with_options_of(ServerOptions)
 def make_reranker(
     model: str | os.PathLike[str],
     *,
     endpoint: str | None = None,
-    api_key: str | None = None,
-    timeout: float | None = None,
-    served_model_name: str | None = None,
-    endpoint_batch_size: int | None = None,
     m3_weights: M3Weights | Mapping[str, float] | None = None,
     **options: Unpack[RerankerArguments],
 ) -> Scorer:
@@ -103,15 +90,12 @@ def make_reranker(
     Args:
         model: A reranker, `"BAAI/bge-m3"`, or a folder of either.
         endpoint: A server's address; None for this machine. bge-m3 scores on this machine only.
-        api_key: The server's token, as `RemoteReranker` takes it.
-        timeout: Seconds to wait for one answer of the server.
-        served_model_name: The server's name of the model, where it is another than `model`.
-        endpoint_batch_size: Texts that one request to the server carries, at most; None for 32.
         m3_weights: How much each score of bge-m3 counts; None for 1, 0.3 and 1, and for a
             reranker.
-        **options: As `Reranker` takes them. With an endpoint, what says how a model is loaded and
-            run is the server's, and refused; `max_length` says how much the server reads, for
-            `long_passages="window"`. bge-m3's scores are what they are, whatever `normalize`.
+        **options: As `Reranker` takes them, and with an endpoint as `RemoteReranker` does: what
+            says how a model is loaded and run is the server's then, and refused; `max_length` says
+            how much the server reads, for `long_passages="window"`. bge-m3's scores are what they
+            are, whatever `normalize`.
 
     Returns:
         An `M3Reranker` for bge-m3 and what was trained from it; for the rest a `Reranker`, or a
@@ -128,12 +112,7 @@ def make_reranker(
         >>> type(make_reranker("BAAI/bge-reranker-base")).__name__
         'Reranker'
     """
-    server: dict[str, Any] = {
-        "api_key": api_key,
-        "timeout": timeout,
-        "served_model_name": served_model_name,
-        "endpoint_batch_size": endpoint_batch_size,
-    }
+    own, server = _split(options)
     if _is_m3(
         Source.of(model, revision=options.get("revision"), cache_folder=options.get("cache_folder"))
         if endpoint is None
@@ -146,7 +125,6 @@ def make_reranker(
             )
             raise ArgumentError(msg)
         _check_no_server(server)
-        own: dict[str, Any] = dict(options)
         own.pop("normalize", None)
         long_passages = own.pop("long_passages", "truncate")
         layers = LayerOptions.of(
@@ -159,9 +137,9 @@ def make_reranker(
         return M3Reranker(embedder, weights=m3_weights, long_passages=long_passages)
     if endpoint is None:
         _check_no_server(server)
-        reranker: Scorer = Reranker(model, **options)
+        reranker: Scorer = Reranker(model, **own)
     else:
-        served = _served(options, local=Reranker, served=RemoteReranker)
+        served = _served(own, local=Reranker, served=RemoteReranker)
         reranker = RemoteReranker(model, endpoint=endpoint, **server, **served)
     if m3_weights is not None:
         msg = (
@@ -185,6 +163,12 @@ def _is_m3(source: Source) -> bool:
     profile = found.profile
     known = profile is not None and "multi_vector" in profile.outputs
     return not found.labels and (known or found.m3_heads == HEADS.keys())
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of a model, and those of a server."""
+    server = {name: options[name] for name in ServerArguments.__annotations__ if name in options}
+    return {name: value for name, value in options.items() if name not in server}, server
 
 
 def _check_no_server(served: Mapping[str, object]) -> None:

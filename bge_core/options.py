@@ -1,6 +1,7 @@
-"""The options that every model on this machine takes, each said once, and the signatures they make.
+"""The options of every model, here and on a server, each said once, and the signatures they make.
 
-A new option is a field of `ModelOptions`, its line in `ModelArguments`, and its use.
+A new option of a model on this machine is a field of `ModelOptions`, its line in `ModelArguments`,
+and its use; one of a server is the same in `ServerOptions` and `ServerArguments`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar
 
 from bge_core import arguments
 from bge_core.checkpoints.source import Source
 from bge_core.devices import Placement
+from bge_core.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,10 @@ __all__ = [
     "EmbedderArguments",
     "ModelArguments",
     "ModelOptions",
+    "RemoteArguments",
     "RerankerArguments",
+    "ServerArguments",
+    "ServerOptions",
     "given_options",
     "with_options_of",
 ]
@@ -49,8 +54,23 @@ class ModelArguments(TypedDict, total=False):
     token: str | None
 
 
-class EmbedderArguments(ModelArguments, total=False):
-    """The keywords of `Embedder`."""
+class ServerArguments(TypedDict, total=False):
+    """`ServerOptions` as keywords, but for `max_length`, which a model on this machine has, too."""
+
+    api_key: str | None
+    timeout: float | None
+    served_model_name: str | None
+    endpoint_batch_size: int | None
+
+
+class RemoteArguments(ServerArguments, total=False):
+    """`ServerArguments` with the server's address, which a served model can't be without."""
+
+    endpoint: Required[str]
+
+
+class EmbedderArguments(ModelArguments, ServerArguments, total=False):
+    """The keywords of `Embedder` and `RemoteEmbedder`."""
 
     query_instruction: str | None
     task_description: str | None
@@ -61,8 +81,8 @@ class EmbedderArguments(ModelArguments, total=False):
     long_passages: str
 
 
-class RerankerArguments(ModelArguments, total=False):
-    """The keywords of `Reranker`."""
+class RerankerArguments(ModelArguments, ServerArguments, total=False):
+    """The keywords of `Reranker` and `RemoteReranker`."""
 
     normalize: bool
     long_passages: str
@@ -140,14 +160,60 @@ class ModelOptions:
             "dtype": placement.dtype,
             "model": source.model,
             "token": source.token,
-            "max_length": _tokens("max_length", self.max_length),
-            "batch_tokens": _tokens("batch_tokens", self.batch_tokens),
+            "max_length": _whole("max_length", self.max_length),
+            "batch_tokens": _whole("batch_tokens", self.batch_tokens),
             "on_truncation": arguments.one_of(
                 "on_truncation", self.on_truncation, arguments.ON_TRUNCATION
             ),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Which server runs a model, and how it is asked.
+
+    Checked when it is made; the server is not asked, and its address is checked where it is used.
+
+    Attributes:
+        model: The published id of the model that is served, or a folder on this machine with the
+            same model. A name that only the server knows (`"bge-small-en-v1.5"`,
+            `"bge-m3:latest"`) is sent as it is, and what is published under it tells the rest.
+        endpoint: The server's address (`"http://localhost:8080"`), which `/embeddings` or `/rerank`
+            follows.
+        api_key: A bearer token; None for a server without one.
+        timeout: Seconds to wait for one answer; None for 60. Waiting for a turn doesn't count.
+        served_model_name: The server's name of the model, where it is another than `model`.
+        endpoint_batch_size: Texts or passages that one request carries, at most; None for 32. A
+            smaller limit of the server's is learnt from its first refusal.
+        max_length: Tokens that the server reads of a text or pair, for `long_passages="window"`;
+            None for the model's limit.
+
+    Raises:
+        ArgumentError: A value that can't be served.
+        InputTypeError: A value of the wrong type.
+    """
+
+    model: str | os.PathLike[str]
+    endpoint: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float | None = None
+    served_model_name: str | None = None
+    endpoint_batch_size: int | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value but the address, and give each its plain type."""
+        name = self.served_model_name
+        if name is not None and not arguments.text("served_model_name", name).strip():
+            msg = (
+                "served_model_name is empty: pass the name that the server knows, or leave it out."
+            )
+            raise ArgumentError(msg)
+        size = _whole("endpoint_batch_size", self.endpoint_batch_size, " of texts")
+        object.__setattr__(self, "endpoint_batch_size", size)
+        object.__setattr__(self, "max_length", _whole("max_length", self.max_length))
 
 
 def given_options(options: Mapping[str, object], *, of: Callable[..., object]) -> list[str]:
@@ -182,13 +248,16 @@ def with_options_of(source: Callable[..., object]) -> Callable[[Function], Funct
         for name, parameter in inspect.signature(source).parameters.items():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 kept.setdefault(name, parameter)
-        function.__signature__ = signature.replace(parameters=list(kept.values()))  # type: ignore[attr-defined]
+        required_first = sorted(
+            kept.values(), key=lambda one: (one.kind, one.default is not one.empty)
+        )
+        function.__signature__ = signature.replace(parameters=required_first)  # type: ignore[attr-defined]
         return function
 
     return spell_out
 
 
-def _tokens(name: str, value: object) -> int | None:
+def _whole(name: str, value: object, unit: str = " of tokens") -> int | None:
     if value is None:
         return None
-    return arguments.whole_number(name, value, unit=" of tokens", instead=" or None")
+    return arguments.whole_number(name, value, unit=unit, instead=" or None")

@@ -10,11 +10,10 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
 
 import numpy as np
 
-from bge_core import arguments
 from bge_core.backends.loading import load_tokenizer
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import check_kind, check_profile, read
@@ -30,6 +29,7 @@ from bge_core.errors import (
     closed_while_waiting_error,
 )
 from bge_core.lifecycle import Closeable
+from bge_core.options import RemoteArguments, ServerOptions, with_options_of
 from bge_core.reranker import Reranker
 from bge_core.servers.http import Endpoint, StatusError
 from bge_core.servers.protocols import (
@@ -90,15 +90,8 @@ class ServedModel(Closeable, Generic[Item]):
     a tokenizer, and pickles carry the configuration only.
 
     Args:
+        options: The model's name, the server, and how it is asked.
         kind: `"embedder"` or `"reranker"`.
-        model: The published id of the model that is served, the server's own name of it, or a
-            folder with the same model.
-        endpoint: The server's address.
-        api_key: A bearer token.
-        timeout: Seconds to wait for one answer; None for 60.
-        served_model_name: What the server calls it; None for `model`.
-        endpoint_batch_size: Texts that one request carries, at most; None for 32.
-        max_length: Tokens that the server reads of a text; None for the model's limit.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -112,32 +105,13 @@ class ServedModel(Closeable, Generic[Item]):
         "_tokenizer",
     }
 
-    def __init__(
-        self,
-        *,
-        kind: Kind,
-        model: str | os.PathLike[str],
-        endpoint: str,
-        api_key: str | None,
-        timeout: float | None,
-        served_model_name: str | None,
-        endpoint_batch_size: int | None,
-        max_length: int | None,
-    ) -> None:
+    def __init__(self, options: ServerOptions, *, kind: Kind) -> None:
         self._kind = kind
-        self._source = served_source(model)
-        self._served_name = _checked_name(served_model_name)
-        self._most_items = _BATCH
-        if endpoint_batch_size is not None:
-            self._most_items = arguments.whole_number(
-                "endpoint_batch_size", endpoint_batch_size, unit=" of texts", instead=" or None"
-            )
-        self.endpoint = Endpoint(endpoint, api_key=api_key, timeout=timeout)
-        self._max_length = max_length
-        if max_length is not None:
-            self._max_length = arguments.whole_number(
-                "max_length", max_length, unit=" of tokens", instead=" or None"
-            )
+        self._source = served_source(options.model)
+        self._served_name = options.served_model_name
+        self._most_items = options.endpoint_batch_size or _BATCH
+        self.endpoint = Endpoint(options.endpoint, api_key=options.api_key, timeout=options.timeout)
+        self._max_length = options.max_length
         self._init_process_state()
         if self._source.is_local:
             self.checkpoint()  # reading it is the check
@@ -401,8 +375,8 @@ class ServedModel(Closeable, Generic[Item]):
 class _ServedEmbedder(ServedModel[str]):
     """An embedding model on a server: texts -> vectors."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(kind="embedder", **options)
+    def __init__(self, options: ServerOptions) -> None:
+        super().__init__(options, kind="embedder")
         self.width = super().dimension
 
     @property
@@ -444,9 +418,9 @@ class _ServedEmbedder(ServedModel[str]):
 class _ServedReranker(ServedModel[tuple[str, str]]):
     """A cross-encoder on a server: pairs -> logits."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, options: ServerOptions) -> None:
         self._protocol: ServerProtocol | None = None
-        super().__init__(kind="reranker", **options)
+        super().__init__(options, kind="reranker")
 
     async def _rows(
         self, items: Sequence[tuple[str, str]], progress: Progress
@@ -512,16 +486,8 @@ class RemoteEmbedder(Embedder):
     be, whether it is cut, and the pooling are the server's: nothing is said of what it cuts.
 
     Args:
-        model: The published id of the model that is served (`"BAAI/bge-small-en-v1.5"`), or a
-            folder on this machine with the same model. A name that only the server knows
-            (`"bge-small-en-v1.5"`, `"bge-m3:latest"`) is sent as it is, and what is published
-            under it tells the rest.
-        endpoint: The server's address (`"http://localhost:8080"`); it answers `/embeddings`.
-        api_key: A bearer token; None for a server without one.
-        timeout: Seconds to wait for one answer; None for 60. Waiting for a turn doesn't count.
-        served_model_name: The server's name of the model, where it is another than `model`.
-        endpoint_batch_size: Texts that one request carries, at most; None for 32. A
-            smaller limit of the server's is learnt from its first refusal.
+        model: The published id of the model that is served, the server's own name of it, or a
+            folder on this machine with the same model.
         query_instruction: Put in front of queries, never of documents. None for the one that
             the model card gives, `""` for none.
         task_description: A decoder's word for the same, as `Embedder` takes it.
@@ -534,6 +500,8 @@ class RemoteEmbedder(Embedder):
             tokenizer, of the folder or from the hub.
         max_length: Tokens that the server reads of a text, for the windows; None for the model's
             limit.
+        **options: `endpoint`, `api_key`, `timeout`, `served_model_name` and
+            `endpoint_batch_size`, as `bge_core.options.ServerOptions` describes them.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -550,15 +518,11 @@ class RemoteEmbedder(Embedder):
 
     _model: _ServedEmbedder
 
+    @with_options_of(ServerOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
-        endpoint: str,
-        api_key: str | None = None,
-        timeout: float | None = None,
-        served_model_name: str | None = None,
-        endpoint_batch_size: int | None = None,
         query_instruction: str | None = None,
         task_description: str | None = None,
         examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
@@ -566,16 +530,9 @@ class RemoteEmbedder(Embedder):
         normalize: bool = True,
         long_passages: str = "truncate",
         max_length: int | None = None,
+        **options: Unpack[RemoteArguments],
     ) -> None:
-        served = _ServedEmbedder(
-            model=model,
-            endpoint=endpoint,
-            api_key=api_key,
-            timeout=timeout,
-            served_model_name=served_model_name,
-            endpoint_batch_size=endpoint_batch_size,
-            max_length=max_length,
-        )
+        served = _ServedEmbedder(ServerOptions(model=model, max_length=max_length, **options))
         self._set_up(
             served,
             query_instruction=query_instruction,
@@ -602,22 +559,16 @@ class RemoteReranker(Reranker):
     `Reranker` leaves a quarter to the passage.
 
     Args:
-        model: The published id of the model that is served (`"BAAI/bge-reranker-base"`), or a
-            folder on this machine with the same model. A name that only the server knows
-            (`"bge-small-en-v1.5"`, `"bge-m3:latest"`) is sent as it is, and what is published
-            under it tells the rest.
-        endpoint: The server's address (`"http://localhost:8080"`); it answers `/rerank`.
-        api_key: A bearer token; None for a server without one.
-        timeout: Seconds to wait for one answer; None for 60. Waiting for a turn doesn't count.
-        served_model_name: The server's name of the model, where it is another than `model`.
-        endpoint_batch_size: Passages that one request carries, at most; None for 32. A
-            smaller limit of the server's is learnt from its first refusal.
+        model: The published id of the model that is served, the server's own name of it, or a
+            folder on this machine with the same model.
         normalize: Return the sigmoid of the logit, from 0 to 1; False gives the raw logit.
         long_passages: What happens with a passage that the server would truncate; `"window"`
             sends overlapping windows of it instead, as `Reranker` does. It needs the model's
             tokenizer, of the folder or from the hub.
         max_length: Tokens that the server reads of a pair, for the windows; None for the model's
             limit.
+        **options: `endpoint`, `api_key`, `timeout`, `served_model_name` and
+            `endpoint_batch_size`, as `bge_core.options.ServerOptions` describes them.
 
     Raises:
         ArgumentError: A value that can't be served.
@@ -634,28 +585,17 @@ class RemoteReranker(Reranker):
 
     _model: _ServedReranker
 
+    @with_options_of(ServerOptions)
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
-        endpoint: str,
-        api_key: str | None = None,
-        timeout: float | None = None,
-        served_model_name: str | None = None,
-        endpoint_batch_size: int | None = None,
         normalize: bool = True,
         long_passages: str = "truncate",
         max_length: int | None = None,
+        **options: Unpack[RemoteArguments],
     ) -> None:
-        served = _ServedReranker(
-            model=model,
-            endpoint=endpoint,
-            api_key=api_key,
-            timeout=timeout,
-            served_model_name=served_model_name,
-            endpoint_batch_size=endpoint_batch_size,
-            max_length=max_length,
-        )
+        served = _ServedReranker(ServerOptions(model=model, max_length=max_length, **options))
         self._set_up(served, normalize=normalize, long_passages=long_passages)
         if served.pair_prompt is not None:
             msg = (
@@ -690,16 +630,6 @@ def served_source(model: str | os.PathLike[str]) -> Source:
         msg = f"model={model[:40]!r}... has {len(model)} characters: no model has such a name."
         raise CheckpointError(msg)
     return Source.of(model) if Path(model).is_dir() else Source(model=model)
-
-
-def _checked_name(name: object) -> str | None:
-    if name is None:
-        return None
-    checked = arguments.text("served_model_name", name)
-    if not checked.strip():
-        msg = "served_model_name is empty: pass the name that the server knows, or leave it out."
-        raise ArgumentError(msg)
-    return checked
 
 
 def _batches(
