@@ -217,7 +217,7 @@ def _self_check(report: _Report, model: Embedder | Reranker) -> None:
 
 
 def _plain(text: str) -> str:
-    """Leave out what is nobody's business: the home folder's name and tokens."""
+    """Leave out what is private: the home folder's name and tokens."""
     for secret in filter(None, map(os.environ.get, _TOKENS)):
         text = text.replace(secret, "***")
     text = re.sub(r"\bhf_\w{8,}", "***", text)

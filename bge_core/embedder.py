@@ -48,7 +48,7 @@ class Embedder(HasModel):
         model: A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder.
         query_instruction: Put in front of queries, never of documents. None for the one that
             the model card gives, `""` for none. Of a decoder it is the task alone, which goes
-            into the frame that the model was trained with.
+            into the template that the model was trained with.
         task_description: A decoder's word for the same: what its queries are, and what is to be
             found for them, in a sentence.
         examples: Queries and their answers that bge-en-icl sees in front of each query, as

@@ -74,7 +74,7 @@ def closed_error(model: str) -> ClosedError:
 
 
 def closed_while_waiting_error(model: str) -> ClosedError:
-    """Return the error that says that a model was closed under somebody who waited."""
+    """Return the error that says that a model was closed while a caller waited."""
     msg = f"The model {model!r} was closed before this work was done."
     return ClosedError(msg)
 

@@ -448,7 +448,7 @@ def with_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def without_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Register a state's rows, and give the rest of it; a row in doubt is a warning."""
+    """Register a state's rows, and return the rest of it; a row in doubt is a warning."""
     for row in state.get(_PROFILES, ()):
         try:
             register(row)
@@ -537,7 +537,7 @@ _SECRET = ("api_key", "encode_kwargs", "endpoint", "model_kwargs", "token")
 def check_argument_names(
     owner: str, arguments: Mapping[str, Any], *, known: Collection[str], renamed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the arguments that a class has; another class's defaults, spelt out, are no matter.
+    """Return the arguments that a class has; another class's defaults, spelt out, are ignored.
 
     Args:
         owner: The class's name.

@@ -146,8 +146,8 @@ class M3Embedder(HasModel):
     same model, revision, device and dtype.
 
     Args:
-        model: `"BAAI/bge-m3"`, or a folder of its make: XLM-RoBERTa with `sparse_linear.pt` and
-            `colbert_linear.pt` beside its weights.
+        model: `"BAAI/bge-m3"`, or a folder of its architecture: XLM-RoBERTa with
+            `sparse_linear.pt` and `colbert_linear.pt` beside its weights.
         share_outputs: While this embedder lives, one pass serves its next call and that of an
             `Embedder` on the same model: whoever asks first for the dense or the sparse output of
             some texts leaves the other, at most 64 MiB, for the second. For vector stores, which
@@ -159,7 +159,7 @@ class M3Embedder(HasModel):
 
     Raises:
         ArgumentError: A value that can't be served.
-        CheckpointError: A model that can't be found, is damaged, or is not of bge-m3's make.
+        CheckpointError: A model that can't be found, is damaged, or has another architecture.
         InputTypeError: A value of the wrong type.
 
     Example:
@@ -371,7 +371,7 @@ class M3Embedder(HasModel):
             self._stop_sharing = share_outputs(self, self._model.options.source.name)
 
     def _check_architecture(self) -> None:
-        """Refuse what is known by now to be no checkpoint of bge-m3's make."""
+        """Refuse what is known by now to have another architecture than bge-m3."""
         if self._model.is_local_folder:
             _check_architecture(self.checkpoint)
         elif (profile := find_profile(self.model, "embedder")) and profile.family != "xlm-roberta":

@@ -127,8 +127,8 @@ def resolve_prompts(
     Raises:
         ArgumentError: A word that this model does not take, or two that disagree.
     """
-    frames_tasks = profile is not None and profile.frames_tasks
-    if task_description is not None and not frames_tasks:
+    has_task_template = profile is not None and profile.has_task_template
+    if task_description is not None and not has_task_template:
         msg = (
             f"task_description={task_description!r:.60} is for BGE's decoders, which have a place "
             f"for it; {model!r} takes query_instruction='...', which goes in front of queries as "

@@ -51,7 +51,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
 
     query_instruction: str | None = Field(default=None, frozen=True)
     """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
-    decoder it is the task alone, which goes into the frame that the model was trained with."""
+    decoder it is the task alone, which goes into the template that the model was trained with."""
 
     task_description: str | None = Field(default=None, frozen=True)
     """A decoder's word for `query_instruction`: what its queries are and what is to be found for

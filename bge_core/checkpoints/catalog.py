@@ -256,8 +256,8 @@ class Profile:
         return _profile_of, (values | {"tasks": dict(self.tasks)},)
 
     @property
-    def frames_tasks(self) -> bool:
-        """Whether queries get a task in a frame, and not an instruction as it is."""
+    def has_task_template(self) -> bool:
+        """Whether queries get a task in a template, and not an instruction as it is."""
         return self.query_format != _PLAIN
 
 

@@ -312,7 +312,7 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
 
 
 def is_m3_architecture(checkpoint: Checkpoint, pooling: str | None) -> bool:
-    """Return whether a checkpoint is one of bge-m3's make, from whose pass all outputs come.
+    """Return whether a checkpoint has bge-m3's architecture, whose pass gives all outputs.
 
     Args:
         checkpoint: What the checkpoint says of itself.

@@ -378,7 +378,7 @@ class _Workers:
             start = end
 
     def close(self) -> None:
-        """Stop the workers after the pack that they are at, and let go of the weights."""
+        """Stop the workers after the pack that they are at, and release the weights."""
         with self.ready:
             self.closed = True
             dropped = [

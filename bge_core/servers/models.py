@@ -612,7 +612,7 @@ class RemoteReranker(Reranker):
 
 
 def find_served_profile(name: str, kind: Kind | None = None) -> Profile | None:
-    """Find what is published under a server's name of a model; a version behind it is no matter."""
+    """Find what is published under a server's name of a model; a version behind it is ignored."""
     return find_profile(name, kind) or find_profile(_TAG.sub("", name), kind)
 
 

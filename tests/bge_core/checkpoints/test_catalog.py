@@ -109,7 +109,7 @@ def test_no_other_model_has_tasks(name):
 def test_instruction_and_query_are_joined_as_the_card_says(name, joined):
     row = PROFILES[f"BAAI/{name}"]
     assert row.query_format.format(instruction="i", query="q") + row.query_suffix == joined
-    assert row.frames_tasks == (joined != "iq")
+    assert row.has_task_template == (joined != "iq")
 
 
 def test_bge_en_icl_alone_takes_examples():
