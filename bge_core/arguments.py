@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from numbers import Integral, Real
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 from bge_core.errors import ArgumentError, InputTypeError
 
@@ -21,10 +21,12 @@ __all__ = [
     "OnTruncation",
     "Priority",
     "flag",
+    "is_list",
     "number",
     "one_of",
     "pairs",
     "secret",
+    "shown",
     "text",
     "texts",
     "whole_number",
@@ -39,6 +41,29 @@ LONG_PASSAGES: tuple[LongPassages, ...] = get_args(LongPassages)
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 Word = TypeVar("Word", bound=str)
+
+
+def shown(value: object, *, most: int = 60) -> str:
+    """Return `most` characters of a value's `repr` for a message, or its type's name without one.
+
+    Python writes no whole number of more than 4,300 digits, and a class may fail in ways of its
+    own: neither may hide the sentence that says what is wrong.
+    """
+    try:
+        return repr(value)[:most]
+    except Exception:  # noqa: BLE001 -- whatever a class raises
+        return f"a value of type {type(value).__name__}"
+
+
+def is_list(value: object) -> TypeGuard[Iterable[object]]:
+    """Return whether a value gives items in an order: a list, a tuple, a generator, an array.
+
+    A str, bytes, a mapping and a set are none, nor is an array without a dimension, whose class
+    has `__iter__` all the same.
+    """
+    if isinstance(value, (str, bytes, bytearray, Mapping, AbstractSet)):
+        return False
+    return isinstance(value, Iterable) and getattr(value, "shape", None) != ()
 
 
 def text(name: str, value: object) -> str:
@@ -78,9 +103,7 @@ def texts(name: str, value: object) -> list[str]:
     if isinstance(value, str):
         msg = f"{name} must be a list of str, got one str: put it in a list, [text]."
         raise InputTypeError(msg)
-    if not isinstance(value, Iterable) or isinstance(
-        value, (bytes, bytearray, Mapping, AbstractSet)
-    ):
+    if not is_list(value):
         msg = f"{name} must be a list of str, got {_kind(value)}."
         raise InputTypeError(msg)
     return [text(f"{name}[{index}]", item) for index, item in enumerate(value)]
@@ -93,13 +116,13 @@ def pairs(name: str, value: object) -> list[tuple[str, str]]:
         InputTypeError: It is no list, or an item is no pair of str.
         ArgumentError: A text with a lone surrogate.
     """
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, AbstractSet)):
+    if not is_list(value):
         msg = f"{name} must be a list of (query, passage), got {type(value).__name__}."
         raise InputTypeError(msg)
     checked = []
     for index, pair in enumerate(value):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            msg = f"{name}[{index}] must be (query, passage), got {pair!r:.60}."
+            msg = f"{name}[{index}] must be (query, passage), got {shown(pair)}."
             raise InputTypeError(msg)
         checked.append((text(f"{name}[{index}][0]", pair[0]), text(f"{name}[{index}][1]", pair[1])))
     return checked
@@ -143,10 +166,12 @@ def whole_number(
         ArgumentError: Less than `least`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name} must be a whole number{unit}{instead}, got {value!r:.60}."
+        msg = f"{name} must be a whole number{unit}{instead}, got {shown(value)}."
         raise InputTypeError(msg)
     if value < least:
-        msg = f"{name} must be {least} or more{',' if instead else ''}{instead}, got {value}."
+        msg = (
+            f"{name} must be {least} or more{',' if instead else ''}{instead}, got {shown(value)}."
+        )
         raise ArgumentError(msg)
     return int(value)
 
@@ -165,7 +190,7 @@ def number(name: str, value: object, *, unit: str = "", instead: str = "") -> fl
         ArgumentError: A whole number that no float can hold.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        msg = f"{name} must be a number{unit}{instead}, got {value!r:.60}."
+        msg = f"{name} must be a number{unit}{instead}, got {shown(value)}."
         raise InputTypeError(msg)
     try:
         return float(value)
@@ -190,7 +215,7 @@ def one_of(name: str, value: object, words: Sequence[Word], *, instead: str = ""
         if isinstance(value, str) and value == word:
             return word
     *firsts, last = map(repr, words)
-    msg = f"{name}={value!r:.60} is not served: use {', '.join(firsts)} or {last}{instead}."
+    msg = f"{name}={shown(value)} is not served: use {', '.join(firsts)} or {last}{instead}."
     raise ArgumentError(msg)
 
 
@@ -205,9 +230,14 @@ def flag(name: str, value: object) -> bool:
     hint = ""
     if isinstance(value, str):
         hint = f" A text from a file or an environment variable: compare it, {name}=text == 'true'."
-    msg = f"{name} must be True or False, got {value!r:.60}.{hint}"
+    msg = f"{name} must be True or False, got {shown(value)}.{hint}"
     raise InputTypeError(msg)
 
 
 def _kind(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} ({str(value)[:40]!r})"
+    if value is None:
+        return "None"
+    try:
+        return f"{type(value).__name__} ({str(value)[:40]!r})"
+    except Exception:  # noqa: BLE001 -- see `shown`
+        return type(value).__name__

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bge_core.arguments import shown
 from bge_core.errors import ArgumentError, InputTypeError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Placement:
         named = _dtype_name(dtype)
         if use_fp16 is not None:
             if not isinstance(use_fp16, bool):
-                msg = f"use_fp16 must be True, False or None, got {use_fp16!r}."
+                msg = f"use_fp16 must be True, False or None, got {shown(use_fp16)}."
                 raise InputTypeError(msg)
             wanted = "float16" if use_fp16 else "float32"
             if named not in ("auto", wanted):
@@ -114,11 +115,11 @@ class Placement:
 
 def _dtype_name(dtype: object) -> str:
     if not isinstance(dtype, str) and type(dtype).__module__.partition(".")[0] != "torch":
-        msg = f"dtype must be a name such as 'float16' or a torch.dtype, got {dtype!r}."
+        msg = f"dtype must be a name such as 'float16' or a torch.dtype, got {shown(dtype)}."
         raise InputTypeError(msg)
     word = str(dtype).removeprefix("torch.")
     if word not in _DTYPES:
-        msg = f"dtype={word!r} is not served: use 'auto', 'float32', 'float16' or 'bfloat16'."
+        msg = f"dtype={shown(word)} is not served: use 'auto', 'float32', 'float16' or 'bfloat16'."
         raise ArgumentError(msg)
     return _DTYPES[word]
 
@@ -133,7 +134,7 @@ def _device_names(device: object) -> tuple[str, ...]:
     else:
         msg = (
             "device must be a name such as 'cuda:0', a list of names, or None for the best one, "
-            f"got {device!r}."
+            f"got {shown(device)}."
         )
         raise InputTypeError(msg)
     if not names:
@@ -141,7 +142,7 @@ def _device_names(device: object) -> tuple[str, ...]:
         raise ArgumentError(msg)
     for name in names:
         if not _DEVICE.fullmatch(name) or name.partition(":")[0] == "gpu":
-            msg = f"device={name!r} is no device name: write 'cpu', 'cuda', 'cuda:1' or 'mps'."
+            msg = f"device={shown(name)} is no device name: write 'cpu', 'cuda', 'cuda:1' or 'mps'."
             raise ArgumentError(msg)
     return names
 

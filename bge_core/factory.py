@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
+from bge_core import arguments
 from bge_core.checkpoints.metadata import HEADS, read
 from bge_core.checkpoints.source import Source, locate
 from bge_core.embedder import Embedder
@@ -187,7 +188,10 @@ def _served(
     """Return the options that apply on a server; refuse the others where they are set."""
     known, own = inspect.signature(served).parameters, inspect.signature(local).parameters
     refused = {name: value for name, value in options.items() if name in own and name not in known}
-    if options.get("long_passages", "truncate") == "truncate" and "max_length" in options:
+    long_passages = arguments.one_of(
+        "long_passages", options.get("long_passages", "truncate"), arguments.LONG_PASSAGES
+    )
+    if long_passages == "truncate" and "max_length" in options:
         refused["max_length"] = options["max_length"]
     given = given_options(refused, of=local)
     if given:

@@ -38,6 +38,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from bge_core.arguments import shown
 from bge_core.backends.table import BackendName
 from bge_core.checkpoints.catalog import register, registered_profiles
 from bge_core.embedder import Embedder
@@ -575,7 +576,7 @@ def refuse_positional(owner: str, given: Sequence[object], *, first: str) -> Non
         InputTypeError: Something was given.
     """
     if given:
-        msg = f"{owner} takes keywords only: write {owner}({first}={given[0]!r:.60}, ...)."
+        msg = f"{owner} takes keywords only: write {owner}({first}={shown(given[0])}, ...)."
         raise InputTypeError(msg)
 
 
@@ -593,8 +594,8 @@ def validation_error(owner: str, report: Iterable[Mapping[str, Any]]) -> Argumen
             said.append(f"{name} is missing")
             continue
         hidden = name in _SECRET or item["type"] == "no_such_attribute"
-        shown = "" if hidden else f", got {item['input']!r:.60}"
-        said.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}{shown}")
+        given = "" if hidden else f", got {shown(item['input'])}"
+        said.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}{given}")
     return ArgumentError(f"{owner} can't take these arguments: {'; '.join(dict.fromkeys(said))}.")
 
 

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from bge_core import arguments
+from bge_core.arguments import shown
 from bge_core.errors import ArgumentError, InputTypeError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class LayerOptions:
             raise ArgumentError(msg)
         ratio = arguments.whole_number("compress_ratio", compress_ratio)
         if ratio not in _RATIOS:
-            msg = f"compress_ratio={ratio} is not served: use 1 (off), 2, 4 or 8."
+            msg = f"compress_ratio={shown(ratio)} is not served: use 1 (off), 2, 4 or 8."
             raise ArgumentError(msg)
         return cls(
             cutoff=None if cutoff is None else cutoff[0],
@@ -112,15 +113,16 @@ class LayerOptions:
         if cutoff not in heads.cutoffs:
             step = f" in steps of {heads.step}" if heads.step > 1 else ""
             msg = (
-                f"cutoff_layers={cutoff} is no layer after which {model!r} has a score: it has "
-                f"them from {heads.first} to {heads.cutoffs[-1]}{step}."
+                f"cutoff_layers={shown(cutoff)} is no layer after which {model!r} has a score: it "
+                f"has them from {heads.first} to {heads.cutoffs[-1]}{step}."
             )
             raise ArgumentError(msg)
         for layer in self.compress_layers or ():
             if not 1 <= layer < heads.last:
                 msg = (
-                    f"compress_layers={list(self.compress_layers or ())}: {model!r} can shorten a "
-                    f"passage before its layers 1 to {heads.last - 1}, not before {layer}."
+                    f"compress_layers={shown(list(self.compress_layers or ()))}: {model!r} can "
+                    f"shorten a passage before its layers 1 to {heads.last - 1}, not before "
+                    f"{shown(layer)}."
                 )
                 raise ArgumentError(msg)
         if self.compress_ratio == 1:
@@ -139,7 +141,7 @@ def _layers(name: str, value: object) -> tuple[int, ...] | None:
     if isinstance(value, Integral):
         value = [value]
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        msg = f"{name} must be a layer's number, a list of them or None, got {value!r:.60}."
+        msg = f"{name} must be a layer's number, a list of them or None, got {shown(value)}."
         raise InputTypeError(msg)
     if not value:
         msg = f"{name} is empty: pass a layer's number, or None for the default."

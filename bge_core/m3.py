@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 import numpy as np
 
 from bge_core import arguments
+from bge_core.arguments import shown
 from bge_core.backends.loading import load_head
 from bge_core.backends.output_cache import share_outputs
 from bge_core.checkpoints.catalog import find_profile
@@ -71,7 +72,7 @@ class M3Weights:
         for name, value in self.named().items():
             arguments.number(f"The weight {name}", value)
             if not math.isfinite(value) or value < 0:
-                msg = f"The weight {name} must be 0 or more and finite, got {value}."
+                msg = f"The weight {name} must be 0 or more and finite, got {shown(value)}."
                 raise ArgumentError(msg)
         if not sum(self.named().values()):
             msg = "All three weights are 0, which scores nothing: give at least one of them."
@@ -96,12 +97,12 @@ class M3Weights:
         if not isinstance(weights, Mapping):
             msg = (
                 f"Weights must be M3Weights or a mapping of {', '.join(known)}, got "
-                f"{weights!r:.60}: name each, M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)."
+                f"{shown(weights)}: name each, M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)."
             )
             raise InputTypeError(msg)
         for name in weights:
             if name not in known:
-                msg = f"{name!r} is no weight: the names are {', '.join(known)}."
+                msg = f"{shown(name)} is no weight: the names are {', '.join(known)}."
                 raise ArgumentError(msg)
         return cls(**weights)
 
@@ -183,14 +184,14 @@ class M3Embedder(HasModel):
     ) -> None:
         self._share = arguments.flag("share_outputs", share_outputs)
         backend = options.get("backend", "torch")
-        if backend == "auto":
+        if isinstance(backend, str) and backend == "auto":
             options["backend"] = "torch"
         # CLS of a bare folder, too: the further layers say what it is.
         local = LocalModel(ModelOptions(model=model, **options), kind="embedder", pooling="cls")
         if local.options.backend != "torch":
             msg = (
-                f"backend={backend!r} gives dense vectors only: pass backend='torch', or use an "
-                "embedding class."
+                f"backend={local.options.backend!r} gives dense vectors only: pass backend='torch' "
+                "or use an embedding class."
             )
             raise ArgumentError(msg)
         self._model = local
@@ -580,6 +581,7 @@ class M3Reranker(Scorer):
     Raises:
         ArgumentError: A weight or word that can't be served.
         CheckpointError: The checkpoint lacks the file of an output that counts.
+        InputTypeError: `embedder` is no `M3Embedder`.
 
     Example:
         >>> reranker = M3Reranker(M3Embedder("BAAI/bge-m3"), weights=M3Weights(sparse=0.5))
@@ -595,6 +597,9 @@ class M3Reranker(Scorer):
         weights: M3Weights | Mapping[str, float] | None = None,
         long_passages: str = "truncate",
     ) -> None:
+        if not isinstance(embedder, M3Embedder):
+            msg = f"embedder must be a bge_core.M3Embedder, got {type(embedder).__name__}."
+            raise InputTypeError(msg)
         self._embedder = embedder
         self._weights = M3Weights.of(weights)
         self._long_passages = arguments.one_of(

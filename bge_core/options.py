@@ -225,8 +225,15 @@ def given_options(options: Mapping[str, object], *, of: Callable[..., object]) -
     """
     known = inspect.signature(of).parameters
     return sorted(
-        name for name, value in options.items() if name not in known or value != known[name].default
+        name
+        for name, value in options.items()
+        if name not in known or not _is_default(value, known[name].default)
     )
+
+
+def _is_default(value: object, default: object) -> bool:
+    # Not by == alone, which an array answers number by number.
+    return value is default or (isinstance(value, type(default)) and bool(value == default))
 
 
 def with_options_of(source: Callable[..., object]) -> Callable[[Function], Function]:

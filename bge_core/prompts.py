@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bge_core import arguments
+from bge_core.arguments import shown
 from bge_core.errors import ArgumentError, InputTypeError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class QueryExample:
         """
         if examples is None:
             return ()
-        if isinstance(examples, (str, Mapping, cls)) or not isinstance(examples, Iterable):
+        if isinstance(examples, cls) or not arguments.is_list(examples):
             msg = (
                 "examples must be a list of dicts with query and response, got "
                 f"{type(examples).__name__}."
@@ -73,7 +74,7 @@ class QueryExample:
         if isinstance(item, cls):
             return item
         if not isinstance(item, Mapping):
-            msg = f"{where} must be a dict with query and response, got {item!r:.60}."
+            msg = f"{where} must be a dict with query and response, got {shown(item)}."
             raise InputTypeError(msg)
         if not {"query", "response"} <= item.keys() <= {"query", "response", "instruct"}:
             msg = (
@@ -130,15 +131,15 @@ def resolve_prompts(
     has_task_template = profile is not None and profile.has_task_template
     if task_description is not None and not has_task_template:
         msg = (
-            f"task_description={task_description!r:.60} is for BGE's decoders, which have a place "
-            f"for it; {model!r} takes query_instruction='...', which goes in front of queries as "
-            "it is, or None for its own."
+            f"task_description={shown(task_description)} is for BGE's decoders, which have a "
+            f"place for it; {model!r} takes query_instruction='...', which goes in front of "
+            "queries as it is, or None for its own."
         )
         raise ArgumentError(msg)
     if None not in (query_instruction, task_description) and query_instruction != task_description:
         msg = (
-            f"query_instruction={query_instruction!r:.60} and task_description="
-            f"{task_description!r:.60} are one setting of {model!r}: pass one of them."
+            f"query_instruction={shown(query_instruction)} and task_description="
+            f"{shown(task_description)} are one setting of {model!r}: pass one of them."
         )
         raise ArgumentError(msg)
     given = query_instruction if task_description is None else task_description
@@ -154,7 +155,7 @@ def resolve_prompts(
     head, _, _ = profile.query_format.partition("{instruction}")
     if head and asked and asked.startswith(head):
         msg = (
-            f"{asked!r:.60} has the frame of {model!r} around it already, {head!r}: pass the task "
+            f"{shown(asked)} has the frame of {model!r} around it already, {head!r}: pass the task "
             "alone, such as 'Given a question, retrieve passages that answer the question.'"
         )
         raise ArgumentError(msg)
@@ -200,11 +201,12 @@ def _task_instruction(
     tasks = profile.tasks if profile else {}
     if task is None:
         return tasks.get("qa")
+    task = arguments.text("task", task)
     if task not in tasks:
         msg = (
-            f"task={task!r} is none of {sorted(tasks)} of {model!r}."
+            f"task={shown(task)} is none of {sorted(tasks)} of {model!r}."
             if tasks
-            else f"task={task!r} is for BAAI/llm-embedder only, not for {model!r}: "
+            else f"task={shown(task)} is for BAAI/llm-embedder only, not for {model!r}: "
             "leave it out, or pass query_instruction."
         )
         raise ArgumentError(msg)

@@ -21,6 +21,7 @@ from bge_core.engine.call import Call, non_finite_error
 from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, closed_error
 from bge_core.factory import make_embedder, make_reranker
+from bge_core.prompts import QueryExample
 from bge_core.reranker import Reranker
 from bge_core.servers.models import find_served_profile
 
@@ -61,13 +62,14 @@ def fake_embedder(model: str | os.PathLike[str], **options: Any) -> Embedder:
         >>> int((vectors @ embedder.embed_queries(["where is Paris?"])[0]).argmax())
         1
     """
-    made = make_embedder(model, **options)
+    examples = QueryExample.all_of(options.get("examples"))  # a generator gives them once
+    made = make_embedder(model, **{**options, "examples": examples or None})
     embedder = _FakeEmbedder.__new__(_FakeEmbedder)
     embedder._set_up(
         FakeModel(made.model, max_length=options.get("max_length")),
         query_instruction=options.get("query_instruction"),
         task_description=options.get("task_description"),
-        examples=options.get("examples"),
+        examples=examples,
         task=options.get("task"),
         normalize=options.get("normalize", True),
         long_passages=options.get("long_passages", "truncate"),
@@ -203,7 +205,8 @@ class _FakeEmbedder(Embedder):
     def _embed_windows(
         self, documents: Sequence[str], priority: Priority, show_progress: bool
     ) -> Steps[NDArray[np.float32]]:
-        call = Call(documents)
+        prefix = self._template.document_prefix
+        call = Call([prefix + document for document in documents])
         with progress_bar(len(call.items), show=show_progress) as progress:
             yield from self._model.steps(call, priority=priority, progress=progress)
         return self._vectors(call.to_array())

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bge_core import ArgumentError
+from bge_core.arguments import shown
 
 __all__ = ["ENCODE_KEYS", "MODEL_KEYS", "fold"]
 
@@ -102,7 +103,7 @@ def _entries(label: str, given: object) -> Iterator[tuple[str, Any, Any]]:
 
 def _check_batch_size(label: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        msg = f"{label} must be a whole number, 1 or more, got {value!r}."
+        msg = f"{label} must be a whole number, 1 or more, got {shown(value)}."
         raise ArgumentError(msg)
 
 

@@ -10,6 +10,7 @@ from langchain_core.embeddings import Embeddings
 from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, Embedder, arguments, make_embedder
+from bge_core.arguments import shown
 from bge_core.host_fields import Examples
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
@@ -150,7 +151,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     def _make_core(self) -> Embedder:
         if self.embed_instruction:
             msg = (
-                f"embed_instruction={self.embed_instruction!r} is not served: BGE models are "
+                f"embed_instruction={shown(self.embed_instruction)} is not served: BGE models are "
                 "trained with an instruction in front of queries only, so documents never get "
                 "one. Leave it out; query_instruction='...' is the queries'."
             )

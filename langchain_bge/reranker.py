@@ -17,6 +17,7 @@ from langchain_core.runnables import (
 from pydantic import Field, PrivateAttr
 
 from bge_core import InputTypeError, Ranked, Scorer, make_reranker
+from bge_core.arguments import is_list, text
 from bge_core.host_fields import LayerFields, Weights, earlier_score_key
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._runs import RerankRunnable, arerank_run, config_of, rerank_run
@@ -142,9 +143,9 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
         """
         step = RerankRunnable(
             self,
-            name=name or type(self).__name__,
-            query_key=query_key,
-            documents_key=documents_key,
+            name=type(self).__name__ if name is None else text("name", name),
+            query_key=text("query_key", query_key),
+            documents_key=text("documents_key", documents_key),
         )
         if retriever is None:
             return step
@@ -201,7 +202,7 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
     def _compress(
         self, documents: Sequence[Document], query: str, config: RunnableConfig, name: str
     ) -> list[Document]:
-        _check_documents(documents)
+        documents = _checked_documents(documents)
         with rerank_run(config, name, self._run_inputs(documents, query)) as result:
             result.extend(_copies(documents, self.rerank(documents, query)))
         return result
@@ -209,7 +210,7 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
     async def _acompress(
         self, documents: Sequence[Document], query: str, config: RunnableConfig, name: str
     ) -> list[Document]:
-        _check_documents(documents)
+        documents = _checked_documents(documents)
         async with arerank_run(config, name, self._run_inputs(documents, query)) as result:
             result.extend(_copies(documents, await self.arerank(documents, query)))
         return result
@@ -231,15 +232,17 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
         return core
 
 
-def _check_documents(documents: Sequence[Document]) -> None:
+def _checked_documents(documents: Iterable[Document]) -> list[Document]:
     _check_list(documents)
-    for index, document in enumerate(documents):
+    found = list(documents)  # a generator gives them once
+    for index, document in enumerate(found):
         if not isinstance(document, Document):
             msg = (
                 f"documents[{index}] must be a Document, got {type(document).__name__}: "
                 "rerank() takes texts as well."
             )
             raise InputTypeError(msg)
+    return found
 
 
 def _texts(documents: Sequence[str | Document]) -> list[str]:
@@ -248,7 +251,7 @@ def _texts(documents: Sequence[str | Document]) -> list[str]:
 
 
 def _check_list(documents: object) -> None:
-    if isinstance(documents, (str, bytes, Document)) or not isinstance(documents, Iterable):
+    if isinstance(documents, Document) or not is_list(documents):
         msg = f"documents must be a list of Document or str, got {type(documents).__name__}."
         raise InputTypeError(msg)
 

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseComponent
+from llama_index.core.storage.kvstore.types import BaseKVStore
 from pydantic import BaseModel, Field
 
+from bge_core.errors import InputTypeError
 from bge_core.host_fields import (
     LocalModelFields,
     ModelName,
@@ -45,6 +48,20 @@ class LocalModelComponent(LocalModelFields, BaseComponent):
             "tokenizer_name": "a checkpoint's own tokenizer is used: leave it out",
         }
     )
+
+    @classmethod
+    def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # The host takes anything for the one, and raises an error of its own for the other.
+        kinds: dict[str, type] = {
+            "callback_manager": CallbackManager,
+            "embeddings_cache": BaseKVStore,
+        }
+        for name, kind in kinds.items():
+            value = arguments.get(name)
+            if value is not None and not isinstance(value, kind):
+                msg = f"{name} must be a {kind.__name__} or None, got {type(value).__name__}."
+                raise InputTypeError(msg)
+        return super()._normalize_arguments(arguments)
 
     def __getstate__(self) -> dict[Any, Any]:
         """Return the fields: never the weights, and no service that can't leave the process.

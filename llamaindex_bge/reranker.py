@@ -15,6 +15,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_reranker
+from bge_core.arguments import shown
 from bge_core.host_fields import LayerFields, ModelName, Weights, earlier_score_key
 from llamaindex_bge._component import ServedModelComponent
 
@@ -239,7 +240,10 @@ def _checked(nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> Query
         msg = "BGEReranker needs a query: pass query_str='...' or query_bundle=QueryBundle('...')."
         raise ArgumentError(msg)
     if not isinstance(query, QueryBundle):
-        msg = f"query_bundle must be a QueryBundle, got {query!r:.60}: pass a str as query_str."
+        msg = f"query_bundle must be a QueryBundle, got {shown(query)}: pass a str as query_str."
+        raise InputTypeError(msg)
+    if isinstance(nodes, str) or not isinstance(nodes, Sequence):
+        msg = f"nodes must be a list of NodeWithScore, got {type(nodes).__name__}."
         raise InputTypeError(msg)
     for index, node in enumerate(nodes):
         if not isinstance(node, NodeWithScore):

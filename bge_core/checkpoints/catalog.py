@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from bge_core import arguments
+from bge_core.arguments import shown
 from bge_core.errors import ArgumentError, InputTypeError
 
 __all__ = [
@@ -177,7 +178,7 @@ class Profile:
         """Refuse values that no checkpoint can have."""
         if not is_hub_id(arguments.text("id", self.id)):
             msg = (
-                f"id={self.id!r} can't be registered: it must be a hub id such as "
+                f"id={shown(self.id)} can't be registered: it must be a hub id such as "
                 "'acme/my-model', or a folder's name without its path."
             )
             raise ArgumentError(msg)
@@ -207,7 +208,7 @@ class Profile:
         for name in ("languages", "outputs"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)):
-                msg = f"{name} must be a tuple of str, got {value!r:.60}."
+                msg = f"{name} must be a tuple of str, got {shown(value)}."
                 raise InputTypeError(msg)
             object.__setattr__(self, name, tuple(arguments.texts(name, value)))
 
@@ -216,14 +217,14 @@ class Profile:
             isinstance(name, str) and isinstance(task, TaskInstruction)
             for name, task in self.tasks.items()
         ):
-            msg = f"tasks must map names to TaskInstruction, got {self.tasks!r:.60}."
+            msg = f"tasks must map names to TaskInstruction, got {shown(self.tasks)}."
             raise InputTypeError(msg)
         object.__setattr__(self, "tasks", MappingProxyType(dict(self.tasks)))
         if self.pair_prompt is not None and not isinstance(self.pair_prompt, PairPrompt):
-            msg = f"pair_prompt must be a PairPrompt or None, got {self.pair_prompt!r:.60}."
+            msg = f"pair_prompt must be a PairPrompt or None, got {shown(self.pair_prompt)}."
             raise InputTypeError(msg)
         if self.layer_heads is not None and not isinstance(self.layer_heads, LayerHeads):
-            msg = f"layer_heads must be a LayerHeads or None, got {self.layer_heads!r:.60}."
+            msg = f"layer_heads must be a LayerHeads or None, got {shown(self.layer_heads)}."
             raise InputTypeError(msg)
         _check_format("query_format", self.query_format, {"query"}, {"instruction"})
         if self.example_format:
@@ -235,7 +236,7 @@ class Profile:
         if self.kind == "embedder":
             foreign = [name for name in ("pair_prompt", "layer_heads") if getattr(self, name)]
             if "dense" not in self.outputs:
-                msg = f"outputs={self.outputs!r} has no 'dense', which every embedder gives."
+                msg = f"outputs={shown(self.outputs)} has no 'dense', which every embedder gives."
                 raise ArgumentError(msg)
         else:
             if self.outputs == ("dense",):  # the default
@@ -278,7 +279,7 @@ def _check_format(name: str, template: str, needed: set[str], allowed: set[str])
         found = []
     if not needed <= set(found) <= needed | allowed or len(found) != len(set(found)):
         expected = " and ".join(f"{{{word}}}" for word in sorted(needed | allowed))
-        msg = f"{name}={template!r:.60} must have the fields {expected}, each once."
+        msg = f"{name}={shown(template)} must have the fields {expected}, each once."
         raise ArgumentError(msg)
 
 

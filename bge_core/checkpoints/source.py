@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bge_core import arguments
+from bge_core.arguments import shown
 from bge_core.checkpoints.catalog import (
     PROFILES,
     Profile,
@@ -21,7 +22,7 @@ from bge_core.checkpoints.catalog import (
     registered_profiles,
 )
 from bge_core.checkpoints.files import first_line, other_weights
-from bge_core.errors import CheckpointError, InputTypeError
+from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 
 __all__ = ["Source", "locate"]
 
@@ -67,7 +68,8 @@ class Source:
         """Check the model's name and make a source of it.
 
         Raises:
-            InputTypeError: `model` is neither a str nor a path.
+            ArgumentError: A value that can't be served.
+            InputTypeError: A value of the wrong type.
             CheckpointError: It looks like a folder and is none, or it can't be a hub id.
         """
         if not isinstance(model, (str, os.PathLike)):
@@ -81,8 +83,9 @@ class Source:
         elif isinstance(model, os.PathLike) or not is_hub_id(name):
             is_file = _is_file(folder)
             hint = other_weights(folder.parent, folder.name) if is_file else ""
+            said = shown(name, most=500)  # a path is long
             msg = (
-                f"model={name!r} is {'a file, ' if is_file else ''}no folder on this machine and "
+                f"model={said} is {'a file, ' if is_file else ''}no folder on this machine and "
                 "no hub id: pass a folder with config.json, or an id such as "
                 f"'BAAI/bge-small-en-v1.5'{hint or '.'}"
             )
@@ -90,12 +93,14 @@ class Source:
         elif "/" not in name and (profile := find_profile(name)) and profile.id != name:
             msg = f"model={name!r} is no folder here and no hub id: did you mean {profile.id!r}?"
             raise CheckpointError(msg)
+        if revision is not None:
+            revision = arguments.text("revision", revision)
         if token is not None:
             token = arguments.secret("token", token)
         return cls(
             model=name,
             revision=revision,
-            cache_folder=None if cache_folder is None else os.fspath(cache_folder),
+            cache_folder=None if cache_folder is None else _folder_name(cache_folder),
             local_files_only=arguments.flag("local_files_only", local_files_only),
             trust_remote_code=arguments.flag("trust_remote_code", trust_remote_code),
             token=token,
@@ -120,6 +125,15 @@ class Source:
     def hub_cache(self) -> str | None:
         """The hub's cache: the one that was asked for, sentence-transformers', or None for HF's."""
         return self.cache_folder or os.environ.get("SENTENCE_TRANSFORMERS_HOME") or None
+
+
+def _folder_name(folder: object) -> str:
+    name = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
+    name = arguments.text("cache_folder", name)
+    if "\0" in name:
+        msg = "cache_folder has a NUL character, which no folder's name has: pass a folder's path."
+        raise ArgumentError(msg)
+    return name
 
 
 def _is_folder(path: Path) -> bool:

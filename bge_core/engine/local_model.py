@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from bge_core.arguments import shown
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.table import BACKENDS, check_backend, choose_backends, load_runners
 from bge_core.checkpoints.catalog import find_profile
@@ -281,8 +282,8 @@ class LocalModel(Closeable):
         asked = self.options.max_length
         if asked is not None and asked > limit:
             msg = (
-                f"max_length={asked} is more than the {limit} tokens that {self.model!r} can take: "
-                f"pass {limit} or less, or None."
+                f"max_length={shown(asked)} is more than the {limit} tokens that {self.model!r} can "
+                f"take: pass {limit} or less, or None."
             )
             raise ArgumentError(msg)
 

@@ -511,6 +511,6 @@ def _checked_timeout(timeout: object) -> float:
         return 60.0
     seconds = arguments.number("timeout", timeout, unit=" of seconds", instead=" or None")
     if not 0 < seconds < math.inf:
-        msg = f"timeout must be a number of seconds above 0, got {timeout!r}."
+        msg = f"timeout must be a number of seconds above 0, got {arguments.shown(timeout)}."
         raise ArgumentError(msg)
     return seconds

@@ -1,14 +1,19 @@
 """The checks of arguments: what each takes, and the sentence for the rest."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 from bge_core import (
     ArgumentError,
+    BGEError,
     Embedder,
     InputTypeError,
     M3Embedder,
+    M3Reranker,
     M3Weights,
+    QueryExample,
     RemoteEmbedder,
     RemoteReranker,
     Reranker,
@@ -105,6 +110,65 @@ def test_one_of_some_words(wrong):
     with pytest.raises(ArgumentError, match=r"is not served: use 'a', 'aa' or 'aaa', or None\.$"):
         arguments.one_of("word", wrong, ("a", "aa", "aaa"), instead=", or None")
     assert arguments.one_of("word", "aa", ("a", "aa")) == "aa"
+
+
+class Unwritable:
+    """A value whose class fails when it is written."""
+
+    def __repr__(self):
+        msg = "no"
+        raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [10**5000, -(10**5000), Unwritable(), [Unwritable()], np.array("a"), {"a"}, b"a"],
+    ids=["large", "small", "unwritable", "in-a-list", "array", "set", "bytes"],
+)
+@pytest.mark.parametrize("cls", sorted(CLASSES))
+def test_no_value_of_any_argument_escapes_the_sentence(cls, wrong):
+    kind = {"Embedder": Embedder, "Reranker": Reranker, "M3Embedder": M3Embedder}.get(
+        cls, RemoteEmbedder if cls == "RemoteEmbedder" else RemoteReranker
+    )
+    names = set(inspect.signature(kind).parameters) - {"model", "endpoint"}
+    # Any number above 0 is a number of tokens, of texts or of seconds.
+    whole = {"batch_tokens", "endpoint_batch_size", "max_length"} if wrong == 10**5000 else set()
+    for name in sorted(names - whole):
+        with pytest.raises(BGEError, match=r"^[^\n]{1,400}$"):
+            CLASSES[cls](**{name: wrong})
+
+
+def test_a_message_is_no_longer_than_a_reader():
+    for name in ("dtype", "use_fp16", "task", "device", "pooling", "on_truncation"):
+        with pytest.raises(BGEError) as caught:
+            Embedder("BAAI/bge-small-en-v1.5", **{name: "y y" * 300_000})
+        assert len(str(caught.value)) < 400
+    with pytest.raises(BGEError, match=r"^model='yyy") as caught:
+        Embedder("y/" * 500_000)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("wrong", [np.array("a"), np.array(3), {"a"}, {"a": 1}, b"ab", None])
+def test_a_list_has_an_order_and_a_length(wrong):
+    for check in (arguments.texts, arguments.pairs):
+        with pytest.raises(InputTypeError, match=r"^these must be a list of "):
+            check("these", wrong)
+    with pytest.raises(InputTypeError, match=r"^examples must be a list of "):
+        QueryExample.all_of(np.array(3))
+
+
+def test_an_m3_reranker_is_made_of_an_m3_embedder():
+    with pytest.raises(InputTypeError, match=r"^embedder must be a bge_core\.M3Embedder, got str"):
+        M3Reranker("BAAI/bge-m3")
+
+
+@pytest.mark.parametrize("name", ["revision", "cache_folder"])
+@pytest.mark.parametrize("wrong", [3, ["a"], "\ud800", True])
+def test_where_a_model_comes_from_is_a_text(name, wrong):
+    with pytest.raises(BGEError, match=rf"^{name} (must be a str|has a lone surrogate)"):
+        Embedder("BAAI/bge-small-en-v1.5", **{name: wrong})
+    with pytest.raises(ArgumentError, match=r"^cache_folder has a NUL character"):
+        Embedder("BAAI/bge-small-en-v1.5", cache_folder="a\0b")
 
 
 def test_only_a_package_that_is_not_there_is_an_extra_that_is_missing():

@@ -157,6 +157,21 @@ def test_windows_are_the_whole_text():
     assert (node.metadata["relevance_start"], node.metadata["relevance_end"]) == (0, len(TEXTS[1]))
 
 
+def test_windows_that_fit_have_the_same_vector_with_a_document_prompt():
+    given = {"model": "BAAI/llm-embedder", "task": "tool"}
+    windows = fake_embedder(**given, long_passages="window").embed_documents(TEXTS)
+    assert (windows == fake_embedder(**given).embed_documents(TEXTS)).all()
+
+
+def test_examples_of_a_generator_are_read_once():
+    example = {"query": "who wrote Emma?", "response": "Jane Austen."}
+    one, other = (
+        fake_embedder("BAAI/bge-en-icl", examples=given).embed_queries([QUERY])
+        for given in ([example], (item for item in [example]))
+    )
+    assert (one == other).all()
+
+
 def test_neither_torch_nor_transformers_is_imported():
     code = (
         "import sys\n"

@@ -45,6 +45,13 @@ def scores_of(documents):
     return [document.metadata["relevance_score"] for document in documents]
 
 
+async def test_documents_of_a_generator(call, reranker_folder, documents):
+    reranker = BGEReranker(model=reranker_folder)
+    kept = await call(reranker, "compress_documents", (item for item in documents), QUERY)
+    assert kept == await call(reranker, "compress_documents", documents, QUERY)
+    assert len(kept) == 3
+
+
 class TestScores:
     @pytest.mark.parametrize("folder", ["reranker_folder", "bert_reranker_folder"])
     @pytest.mark.parametrize("normalize", [True, False])

@@ -344,3 +344,12 @@ def test_payload_tells_what_was_asked_for(en_folder: Path):
         "device": "cpu",
         "dtype": "auto",
     }
+
+
+@pytest.mark.parametrize("name", ["callback_manager", "embeddings_cache"])
+@pytest.mark.parametrize("wrong", [3, "x", {}, object()])
+def test_a_service_of_another_kind_is_a_sentence(en_folder, name, wrong):
+    with pytest.raises(
+        InputTypeError, match=rf"^{name} must be a \w+ or None, got {type(wrong).__name__}"
+    ):
+        BGEEmbedding(model_name=en_folder, **{name: wrong})
