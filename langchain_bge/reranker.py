@@ -143,7 +143,7 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
         """
         step = RerankRunnable(
             self,
-            name=type(self).__name__ if name is None else text("name", name),
+            name=text("name", type(self).__name__ if name is None else name) or type(self).__name__,
             query_key=text("query_key", query_key),
             documents_key=text("documents_key", documents_key),
         )

@@ -282,8 +282,8 @@ class LocalModel(Closeable):
         asked = self.options.max_length
         if asked is not None and asked > limit:
             msg = (
-                f"max_length={shown(asked)} is more than the {limit} tokens that {self.model!r} can "
-                f"take: pass {limit} or less, or None."
+                f"max_length={shown(asked)} is more than the {limit} tokens that {self.model!r} "
+                f"can take: pass {limit} or less, or None."
             )
             raise ArgumentError(msg)
 

@@ -163,6 +163,19 @@ def test_windows_that_fit_have_the_same_vector_with_a_document_prompt():
     assert (windows == fake_embedder(**given).embed_documents(TEXTS)).all()
 
 
+@pytest.mark.parametrize("wrong", [3, ["a"], b"a"])
+@pytest.mark.parametrize("name", ["name", "query_key", "documents_key"])
+def test_a_step_s_names_are_texts(name: str, wrong: Any):
+    with pytest.raises(InputTypeError, match=rf"^{name} must be a str, got "):
+        FakeBGEReranker().as_runnable(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [3, None, "ab", {"a"}, np.array("a"), iter([])])
+def test_nodes_are_a_list(wrong: Any):
+    with pytest.raises(InputTypeError, match=r"^nodes must be a list of NodeWithScore, got "):
+        testing.FakeBGEReranker().postprocess_nodes(wrong, query_str=QUERY)
+
+
 def test_examples_of_a_generator_are_read_once():
     example = {"query": "who wrote Emma?", "response": "Jane Austen."}
     one, other = (
