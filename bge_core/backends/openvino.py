@@ -112,7 +112,8 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
         MissingExtraError: OpenVINO is not installed.
     """
     try:
-        import openvino
+        with _temporary_home():
+            import openvino
     except ImportError as exc:
         raise needs_extra(
             exc,

@@ -226,7 +226,7 @@ def test_an_engine_takes_a_gpu_or_cpus(device, cluster, size, each, en_folder, m
     pool = _pool(step, None, 1)
     assert pool.pop("compute").max_size == size
     assert pool == each
-    assert _pool(step, 5, 1, most=3)["compute"].max_size == 3
+    assert _pool(step, 5, 1, limit=3)["compute"].max_size == 3
     if "num_cpus" in each:
         assert _pool(step, None, 4)["compute"].max_size == max(1, (int(cluster["CPU"]) - 1) // 4)
     else:
