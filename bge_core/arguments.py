@@ -157,7 +157,7 @@ def whole_number(
     Args:
         name: The argument's name.
         value: An int, or a numpy integer. A bool is none.
-        least: The least number that is served.
+        least: The least number that is accepted.
         unit: What is counted, such as `" of tokens"`, for the message.
         instead: What else the argument takes, such as `" or None"`, for the message.
 
@@ -205,7 +205,7 @@ def one_of(name: str, value: object, words: Sequence[Word], *, instead: str = ""
     Args:
         name: The argument's name.
         value: What was given.
-        words: What is served.
+        words: What is accepted.
         instead: What else the argument takes, such as `", or None"`, for the message.
 
     Raises:
@@ -215,7 +215,7 @@ def one_of(name: str, value: object, words: Sequence[Word], *, instead: str = ""
         if isinstance(value, str) and value == word:
             return word
     *firsts, last = map(repr, words)
-    msg = f"{name}={shown(value)} is not served: use {', '.join(firsts)} or {last}{instead}."
+    msg = f"{name}={shown(value)} is not supported: use {', '.join(firsts)} or {last}{instead}."
     raise ArgumentError(msg)
 
 

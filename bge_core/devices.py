@@ -119,7 +119,9 @@ def _dtype_name(dtype: object) -> str:
         raise InputTypeError(msg)
     word = str(dtype).removeprefix("torch.")
     if word not in _DTYPES:
-        msg = f"dtype={shown(word)} is not served: use 'auto', 'float32', 'float16' or 'bfloat16'."
+        msg = (
+            f"dtype={shown(word)} is not supported: use 'auto', 'float32', 'float16' or 'bfloat16'."
+        )
         raise ArgumentError(msg)
     return _DTYPES[word]
 

@@ -68,7 +68,7 @@ class Embedder(HasModel):
             `token`, as `bge_core.options.ModelOptions` describes them.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is no embedding model.
         InputTypeError: A value of the wrong type.
 

@@ -1,7 +1,7 @@
 """The errors that bge-adapters raises, each also the built-in that a caller would expect.
 
 BGEError
- |- ArgumentError      (ValueError)    an argument's value can't be served
+ |- ArgumentError      (ValueError)    an argument's value is not supported
  |- InputTypeError     (TypeError)     an argument has the wrong type
  |- TruncationError    (ValueError)    a text is too long and on_truncation="error"
  |- CheckpointError    (ValueError)    a checkpoint is missing, damaged or of another kind
@@ -36,11 +36,11 @@ class BGEError(Exception):
 
 
 class ArgumentError(BGEError, ValueError):
-    """An argument has a value that can't be served."""
+    """An argument has a value that is not supported."""
 
 
 class InputTypeError(BGEError, TypeError):
-    """An argument has a type that can't be served."""
+    """An argument has a type that is not supported."""
 
 
 class TruncationError(BGEError, ValueError):

@@ -58,7 +58,7 @@ def make_embedder(
         A `RemoteEmbedder` where there is an endpoint, else an `Embedder`.
 
     Raises:
-        ArgumentError: A value that can't be served, or one for a local model with an endpoint.
+        ArgumentError: A value that is not supported, or one for a local model with an endpoint.
         CheckpointError: A model that can't be found, is damaged, or is no embedding model.
         InputTypeError: A value of the wrong type.
 
@@ -103,7 +103,7 @@ def make_reranker(
         `RemoteReranker` where there is an endpoint.
 
     Raises:
-        ArgumentError: A value that can't be served, or weights for a reranker.
+        ArgumentError: A value that is not supported, or weights for a reranker.
         CheckpointError: A model that can't be found, is damaged, or scores no pairs.
         InputTypeError: A value of the wrong type.
 

@@ -262,7 +262,7 @@ class LocalModelFields(BaseModel, ContextManaged):
                 weights.
 
         Raises:
-            ArgumentError: A value that can't be served.
+            ArgumentError: A value that is not supported.
         """
         changed = self._with_one_model(update or {})
         return type(self)(**{**self._copied_fields(), **changed})

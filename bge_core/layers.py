@@ -80,7 +80,7 @@ class LayerOptions:
             raise ArgumentError(msg)
         ratio = arguments.whole_number("compress_ratio", compress_ratio)
         if ratio not in _RATIOS:
-            msg = f"compress_ratio={shown(ratio)} is not served: use 1 (off), 2, 4 or 8."
+            msg = f"compress_ratio={shown(ratio)} is not supported: use 1 (off), 2, 4 or 8."
             raise ArgumentError(msg)
         return cls(
             cutoff=None if cutoff is None else cutoff[0],

@@ -86,7 +86,7 @@ class M3Weights:
             weights: Weights, a mapping of their names, or None for the defaults.
 
         Raises:
-            ArgumentError: A name is unknown, or a weight can't be served.
+            ArgumentError: A name is unknown, or a weight is not supported.
             InputTypeError: Neither; a bare list, since its order could be mistaken.
         """
         if weights is None:
@@ -159,7 +159,7 @@ class M3Embedder(HasModel):
             here, since only torch gives all outputs.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or has another architecture.
         InputTypeError: A value of the wrong type.
 
@@ -310,7 +310,7 @@ class M3Embedder(HasModel):
             weights. Cosines reach 1, the sparse score has no bound, and neither is a probability.
 
         Raises:
-            ArgumentError: A weight can't be served, or a text is not valid Unicode.
+            ArgumentError: A weight is not supported, or a text is not valid Unicode.
             CheckpointError: The checkpoint lacks the file of an output, or it is damaged.
             ClosedError: The model was closed.
             ComputationError: The model gave NaN or infinity.
@@ -579,7 +579,7 @@ class M3Reranker(Scorer):
             beginning; `"window"` scores overlapping windows of it and takes the best.
 
     Raises:
-        ArgumentError: A weight or word that can't be served.
+        ArgumentError: A weight or word that is not supported.
         CheckpointError: The checkpoint lacks the file of an output that counts.
         InputTypeError: `embedder` is no `M3Embedder`.
 

@@ -120,7 +120,7 @@ class ModelOptions:
         placement: The devices and the dtype, as checked.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: The model is no folder and can't be a hub id.
         InputTypeError: A value of the wrong type.
     """
@@ -191,7 +191,7 @@ class ServerOptions:
             None for the model's limit.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         InputTypeError: A value of the wrong type.
     """
 

@@ -155,8 +155,8 @@ def resolve_prompts(
     head, _, _ = profile.query_format.partition("{instruction}")
     if head and asked and asked.startswith(head):
         msg = (
-            f"{shown(asked)} has the frame of {model!r} around it already, {head!r}: pass the task "
-            "alone, such as 'Given a question, retrieve passages that answer the question.'"
+            f"{shown(asked)} has the template of {model!r} around it already, {head!r}: pass the "
+            "task alone, such as 'Given a question, retrieve passages that answer the question.'"
         )
         raise ArgumentError(msg)
     if not profile.example_format:

@@ -306,7 +306,7 @@ class Reranker(HasModel, Scorer):
             `token`, as `bge_core.options.ModelOptions` describes them.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is no reranker of one label.
         InputTypeError: A value of the wrong type.
 

@@ -423,4 +423,6 @@ def report_truncation(
             "the model takes more, or pass on_truncation='warn'."
         )
         raise TruncationError(msg)
-    logger.warning("%s: the rest was not read.", said)
+    logger.warning(
+        "%s: the rest was not read. Split them, or raise max_length if the model takes more.", said
+    )

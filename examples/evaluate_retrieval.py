@@ -1,4 +1,4 @@
-"""How well a configuration finds: nDCG@10, MRR@10 and recall@100.
+r"""How well a configuration finds: nDCG@10, MRR@10 and recall@100.
 
 With and without the query instruction, each with and without reranking, in one table: on your own
 folder in BEIR format (a passage is its title, a space and its text), on retrieval tasks of mteb by

@@ -62,7 +62,7 @@ def fold(arguments: Mapping[str, Any], *, of: str, keys: Mapping[str, str]) -> d
         The arguments, with those that the dict gives.
 
     Raises:
-        ArgumentError: A key that is not served, or that disagrees with an argument.
+        ArgumentError: A key that is not supported, or that disagrees with an argument.
     """
     folded = dict(arguments)
     for label, key, value in _entries(of, arguments.get(of)):
@@ -73,7 +73,7 @@ def fold(arguments: Mapping[str, Any], *, of: str, keys: Mapping[str, str]) -> d
             continue
         if key not in keys:
             hint = _HINTS.get(key, f"the keys are {', '.join(keys)}; leave it out")
-            msg = f"{label} is not served: {hint}."
+            msg = f"{label} is not supported: {hint}."
             raise ArgumentError(msg)
         name = keys[key]
         if value is None:

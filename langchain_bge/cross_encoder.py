@@ -24,7 +24,7 @@ class BGECrossEncoder(LayerFields, ServedModelFields, BaseCrossEncoder):
     adapters on the same model, revision, device and dtype.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
             reranker of one label.
 

@@ -41,7 +41,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     on the same model, revision, device and dtype.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is no embedding model.
 
     Example:
@@ -78,7 +78,7 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     """Show a progress bar while documents are embedded."""
 
     embed_instruction: str = Field(default="", frozen=True)
-    """Here for `HuggingFaceBgeEmbeddings`' users; only `""` is served."""
+    """Here for `HuggingFaceBgeEmbeddings`' users; only `""` is accepted."""
 
     model_kwargs: dict[str, Any] = Field(
         default_factory=dict, frozen=True, exclude=True, repr=False
@@ -151,9 +151,9 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
     def _make_core(self) -> Embedder:
         if self.embed_instruction:
             msg = (
-                f"embed_instruction={shown(self.embed_instruction)} is not served: BGE models are "
-                "trained with an instruction in front of queries only, so documents never get "
-                "one. Leave it out; query_instruction='...' is the queries'."
+                f"embed_instruction={shown(self.embed_instruction)} is not supported: BGE models "
+                "are trained with an instruction in front of queries only, so documents never "
+                "get one. Leave it out; query_instruction='...' is the queries'."
             )
             raise ArgumentError(msg)
         return self._factory(

@@ -46,7 +46,7 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
     device and dtype.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
             reranker of one label.
 

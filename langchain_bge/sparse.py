@@ -35,7 +35,7 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
     checked at once; weights load at first use.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or has no sparse output.
 
     Example:

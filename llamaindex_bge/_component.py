@@ -43,8 +43,8 @@ class LocalModelComponent(LocalModelFields, BaseComponent):
             "parallel_process": "write device=['cuda:0', 'cuda:1'] to use several devices",
             "show_progress_bar": "pass show_progress=True to the index or pipeline",
             "target_devices": "write device=['cuda:0', 'cuda:1'] to use several devices",
-            "text_instruction": "documents are embedded as they are, but llm-embedder's: leave "
-            "it out",
+            "text_instruction": "documents are embedded as they are (llm-embedder's instruction "
+            "comes with task=...): leave it out",
             "tokenizer_name": "a checkpoint's own tokenizer is used: leave it out",
         }
     )

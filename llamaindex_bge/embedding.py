@@ -35,7 +35,7 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
     configuration its own cache, since the host's keys say nothing of the model.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is no embedding model.
 
     Example:

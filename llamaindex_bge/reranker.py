@@ -40,7 +40,7 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
     each is a field, and they are checked at once; weights load at first use.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or is neither bge-m3 nor a
             reranker.
 

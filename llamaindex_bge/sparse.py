@@ -26,7 +26,7 @@ class BGESparseEmbedding(EmbeddingComponent, BaseSparseEmbedding):  # type: igno
     are checked at once; weights load at first use.
 
     Raises:
-        ArgumentError: An unknown argument, or a value that can't be served.
+        ArgumentError: An unknown argument, or a value that is not supported.
         CheckpointError: A model that can't be found, is damaged, or has no sparse output.
 
     Example:

@@ -339,7 +339,7 @@ def check_profile(profile: Profile | None, kind: Kind, name: str) -> None:
             return  # somebody else's model of that name, which may have been trained from it
         raise _other_kind_error(profile, name)
     if profile.refusal is not None:
-        msg = f"{name!r} can't be served: {profile.refusal}."
+        msg = f"{name!r} is not supported: {profile.refusal}."
         raise CheckpointError(msg)
 
 

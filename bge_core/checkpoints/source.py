@@ -68,7 +68,7 @@ class Source:
         """Check the model's name and make a source of it.
 
         Raises:
-            ArgumentError: A value that can't be served.
+            ArgumentError: A value that is not supported.
             InputTypeError: A value of the wrong type.
             CheckpointError: It looks like a folder and is none, or it can't be a hub id.
         """
@@ -231,16 +231,19 @@ def _not_found_error(source: Source, exc: Exception) -> CheckpointError:
         return CheckpointError(msg)
     if source.local_files_only:
         why = f"it is not in {where}, and local_files_only=True forbids a download"
+        remedy = "leave local_files_only out"
     elif _is_offline():
         why = f"it is not in {where}, and HF_HUB_OFFLINE=1 forbids a download"
+        remedy = "unset HF_HUB_OFFLINE"
     else:
         why = f"it is not in {where}, and the hub gave none ({first_line(exc)})"
+        remedy = "see that the hub can be reached"
     close = difflib.get_close_matches(source.model, tuple(PROFILES), n=1)
     typo = close and close[0] != source.model
-    hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling,"
+    hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling and"
     msg = (
-        f"model={source.model!r} can't be found: {why}. {hint} the network and the revision, "
-        "or pass the path of a folder that has it."
+        f"model={source.model!r} can't be found: {why}. {hint} the revision, "
+        f"{remedy}, or pass the path of a folder that has it."
     )
     return CheckpointError(msg)
 

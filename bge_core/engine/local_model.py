@@ -55,7 +55,7 @@ class LocalModel(Closeable):
         pooling: Which rows make the vector; None for the checkpoint's own.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A folder that is none, damaged, or of another kind.
     """
 
@@ -344,8 +344,8 @@ class LocalModel(Closeable):
         extra = tokenizer.single_extra if self._kind == "embedder" else tokenizer.pair_extra
         if self.max_length <= extra:
             msg = (
-                f"max_length={self.max_length} leaves no room for text: {extra} of them are "
-                f"special tokens. Pass {extra + 1} or more."
+                f"max_length={self.max_length} leaves no room for text: the special tokens "
+                f"alone take {extra}. Pass {extra + 1} or more."
             )
             raise ArgumentError(msg)
 

@@ -56,7 +56,7 @@ def add_columns(
         compute is then a `ray.exceptions.RayTaskError`, with our sentence in it.
 
     Raises:
-        ArgumentError: A column or a device that can't be served.
+        ArgumentError: A column or a device that is not supported.
         InputTypeError: An argument of the wrong type.
     """
     _check_step(step)

@@ -39,7 +39,7 @@ class Embed:
         batch_size: Rows that are computed, and written to a shard, together.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         InputTypeError: A value of the wrong type.
 
     Example:
@@ -120,7 +120,7 @@ class Rerank:
         batch_size: Rows that are computed, and written to a shard, together.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         InputTypeError: A value of the wrong type.
 
     Example:

@@ -94,7 +94,7 @@ class ServedModel(Closeable, Generic[Item]):
         kind: `"embedder"` or `"reranker"`.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A model that is none, or of another kind.
         InputTypeError: A value of the wrong type.
     """
@@ -504,7 +504,7 @@ class RemoteEmbedder(Embedder):
             `endpoint_batch_size`, as `bge_core.options.ServerOptions` describes them.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A model that is none, or a reranker.
         InputTypeError: A value of the wrong type.
 
@@ -571,7 +571,7 @@ class RemoteReranker(Reranker):
             `endpoint_batch_size`, as `bge_core.options.ServerOptions` describes them.
 
     Raises:
-        ArgumentError: A value that can't be served.
+        ArgumentError: A value that is not supported.
         CheckpointError: A model that is none, or no reranker of one label.
         InputTypeError: A value of the wrong type.
 

@@ -107,7 +107,9 @@ def test_a_number(wrong):
 
 @pytest.mark.parametrize("wrong", ["b", "", None, ["a"], np.array(["a"])])
 def test_one_of_some_words(wrong):
-    with pytest.raises(ArgumentError, match=r"is not served: use 'a', 'aa' or 'aaa', or None\.$"):
+    with pytest.raises(
+        ArgumentError, match=r"is not supported: use 'a', 'aa' or 'aaa', or None\.$"
+    ):
         arguments.one_of("word", wrong, ("a", "aa", "aaa"), instead=", or None")
     assert arguments.one_of("word", "aa", ("a", "aa")) == "aa"
 

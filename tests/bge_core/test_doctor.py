@@ -135,7 +135,7 @@ def broken_torch(report):
         (("{bare_unknown_folder}",), "nothing of its pooling"),
         (("BAAI/bge-en-icl", "--local-files-only"), "not in the hub cache"),
         (("{en_folder}", "--device", "cuda:99"), "can't compute here"),
-        (("{en_folder}", "--dtype", "int3"), "not served"),
+        (("{en_folder}", "--dtype", "int3"), "not supported"),
     ],
 )
 def test_a_problem_is_a_sentence(page, request, arguments, sentence):

@@ -192,7 +192,7 @@ def test_auto_gives_the_same_vectors_in_both_lanes(en_folder, kept):
 
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float16"}, {"backend": "onnx"}])
 def test_openvino_is_refused_where_it_can_t_run(en_folder, options):
-    with pytest.raises(ArgumentError, match=r"backend=.*pass|backend='onnx' is not served"):
+    with pytest.raises(ArgumentError, match=r"backend=.*pass|backend='onnx' is not supported"):
         Embedder(en_folder, **{"backend": "openvino", **options})
 
 

@@ -645,6 +645,7 @@ def test_an_id_that_can_t_be_had_is_a_sentence(cls, tmp_path, local):
         _use(model)
     assert str(tmp_path / "hub") in str(caught.value)
     assert ("local_files_only=True" in str(caught.value)) == local
+    assert ("leave local_files_only out" in str(caught.value)) == local
 
 
 def test_a_token_is_in_no_message_and_no_repr(tmp_path):

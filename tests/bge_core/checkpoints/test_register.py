@@ -164,7 +164,7 @@ def test_of_many_threads_with_one_name_one_wins():
         ({"dimension": -1}, ArgumentError, "dimension must be 1 or more"),
         ({"pooling": "max"}, ArgumentError, "use 'cls', 'mean' or 'last', or None"),
         ({"outputs": ("sparse",)}, ArgumentError, "has no 'dense'"),
-        ({"outputs": ("dense", "colbert")}, ArgumentError, "outputs='colbert' is not served"),
+        ({"outputs": ("dense", "colbert")}, ArgumentError, "outputs='colbert' is not supported"),
         ({"outputs": "dense"}, InputTypeError, "outputs must be a tuple"),
         ({"languages": "en"}, InputTypeError, "languages must be a tuple"),
         ({"languages": (1,)}, InputTypeError, r"languages\[0\] must be a str"),
