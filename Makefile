@@ -14,8 +14,8 @@ CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo  ## Ask the Python documentation, in LangChain and LlamaIndex (MODELS=bge, ARGS="--question '...'")
-	$(BIN)/python examples/ask_python_docs.py $(if $(MODELS),--models $(MODELS)) $(ARGS)
+demo: $(VENV)/.demo  ## Ask an encyclopaedia, in LangChain and LlamaIndex (MODELS=bge, ARGS="--question '...'")
+	$(BIN)/python examples/demo.py $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
 evaluate: $(VENV)/.demo $(if $(findstring --tasks,$(ARGS)),$(VENV)/.mteb)  ## How well a model finds (ARGS="--data FOLDER --model ... --reranker ...")
 	$(BIN)/python examples/evaluate_retrieval.py $(ARGS)

@@ -1,8 +1,12 @@
-"""What the demo searches: the Python language reference, or a folder of the user's own files."""
+"""What the demo searches: sentences of an encyclopaedia, the Python language reference, or files.
+
+The encyclopaedia's questions and those about Python come with the documents that answer them.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 from collections import Counter
@@ -11,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUFFIXES = (".md", ".txt", ".rst")
+ENCYCLOPAEDIA = Path(__file__).with_name("encyclopaedia")
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class Text:
     """One document before it is split.
 
     Attributes:
-        name: A topic of the reference, or a file's path inside the folder.
+        name: An article and which of its sentences, a topic of the reference, or a file's path
+            inside the folder.
         text: All of it.
     """
 
@@ -42,6 +48,18 @@ class Corpus:
         """Give a short name that changes with the content."""
         content = repr([(text.name, text.text) for text in self.texts])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def encyclopaedia() -> Corpus:
+    """Give the sentences beside this file, each behind its article's title."""
+    texts = []
+    counts = Counter[str]()
+    with (ENCYCLOPAEDIA / "corpus.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            counts[row["title"]] += 1
+            name = f"{row['title']}, sentence {counts[row['title']]}"
+            texts.append(Text(name, f"{row['title']}\n{row['text']}"))
+    return Corpus("sentences of an encyclopaedia", texts)
 
 
 def python_reference() -> Corpus:

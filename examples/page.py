@@ -102,6 +102,8 @@ def excerpt(text: str, question: str, limit: int = EXCERPT) -> str:
 
 
 def _passage(hit: Hit, question: str) -> str:
+    heading, _, body = hit.text.partition("\n")
+    text = body if body and hit.name.startswith(heading) else hit.text
     names = ", ".join(hit.names[:2]) + (", …" if len(hit.names) > 2 else "")
     score = f"{hit.similarity:.2f}" if hit.relevance is None else f"{hit.relevance:.2f}"
-    return f"[cyan]{escape(names)}[/] [dim]{score}[/]\n{escape(excerpt(hit.text, question))}"
+    return f"[cyan]{escape(names)}[/] [dim]{score}[/]\n{escape(excerpt(text, question))}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ir_measures
+from corpora import ENCYCLOPAEDIA, encyclopaedia
 from hosts import Hit, distinct
 from ir_measures import RR, R, nDCG
 from rich.table import Table
@@ -64,6 +65,19 @@ class Search(Protocol):
     def rerank(self, question: str, hits: Sequence[Hit]) -> list[Hit]:
         """Put passages in the reranker's order, all of them."""
         ...
+
+
+def encyclopaedia_questions() -> Questions:
+    """Read the questions about the encyclopaedia; what answers them are single sentences."""
+    questions, passages = read_beir(ENCYCLOPAEDIA)
+    names = {key: text.name for (key, _), text in zip(passages, encyclopaedia().texts, strict=True)}
+    return Questions(
+        questions.texts,
+        {
+            number: {names[key]: grade for key, grade in judged.items()}
+            for number, judged in questions.relevant.items()
+        },
+    )
 
 
 def read_questions(file: Path = QUESTIONS) -> Questions:

@@ -38,7 +38,7 @@ def test_the_demo_answers_from_a_folder_in_both_frameworks(tmp_path):
     (folder / "cats.md").write_text("Cats purr when they are content.")
     (folder / "paris.txt").write_text("Paris is the capital of France.")
     (folder / "skipped.py").write_text("print('no document')")
-    command = [sys.executable, EXAMPLES / "ask_python_docs.py", "--docs", folder]
+    command = [sys.executable, EXAMPLES / "demo.py", "--docs", folder]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     asked = [*command, "--question", "Which city is the capital of France?"]
     for _ in range(2):  # the second run finds the index of the first
@@ -56,7 +56,7 @@ def test_the_demo_answers_from_a_folder_in_both_frameworks(tmp_path):
 
 def test_the_demo_takes_the_stand_in_where_the_hub_gives_no_bge(tmp_path):
     (tmp_path / "cats.md").write_text("Cats purr when they are content.")
-    command = [sys.executable, EXAMPLES / "ask_python_docs.py", "--docs", tmp_path]
+    command = [sys.executable, EXAMPLES / "demo.py", "--docs", tmp_path]
     command += ["--models", "bge", "--host", "langchain", "--question", "Why do cats purr?"]
     environment = {
         **os.environ,
@@ -152,9 +152,24 @@ def test_the_questions_name_topics_of_this_python():
     assert all(names and names.keys() <= topics.keys() for names in questions.relevant.values())
 
 
+def test_the_encyclopaedia_s_questions_name_its_sentences():
+    from corpora import encyclopaedia
+    from quality import encyclopaedia_questions
+
+    texts = {text.name: text.text for text in encyclopaedia().texts}
+    assert len(texts) == len(encyclopaedia().texts) > 1000
+    questions = encyclopaedia_questions()
+    assert len(questions.texts) == 330
+    asked = dict(zip(questions.texts.values(), questions.relevant.values(), strict=True))
+    (name,) = asked["where is the capital city of alabama located"]
+    assert texts[name].startswith(name.partition(", sentence")[0] + "\n")
+    assert "Montgomery" in texts[name]
+
+
 def test_the_demo_measures_a_configuration_once():
-    import ask_python_docs
+    import demo
     from hosts import Hit
+    from quality import read_questions
 
     class Counting:
         searches = 0
@@ -167,10 +182,10 @@ def test_the_demo_measures_a_configuration_once():
             return hits[::-1]
 
     host = Counting()
-    rows = ask_python_docs._measured(host, "one", "the reference", "")
+    rows = demo._measured(host, read_questions(), "one", "the reference", "")
     assert [(row.questions, row.reranked) for row in rows] == [(host.searches, 0), (124, 20)]
     assert rows[0].figures != rows[1].figures
-    assert ask_python_docs._measured(host, "one", "the reference", "") == rows
+    assert demo._measured(host, read_questions(), "one", "the reference", "") == rows
     assert host.searches == 124
 
 

@@ -1,9 +1,12 @@
-"""Ask the Python documentation, in LangChain and in LlamaIndex.
+"""Ask an encyclopaedia, the Python documentation or your own files, in LangChain and LlamaIndex.
 
-The corpus is the language reference that every CPython carries, or your own files with --docs.
-It is split with each framework's own splitter and stored in Qdrant, embedded on disk. Each
+The corpus is split with each framework's own splitter and stored in Qdrant, embedded on disk. Each
 question is answered by the embedder's first 20 passages, then by the same in a cross-encoder's
 order, side by side. The second run finds the index and the measurements of the first.
+
+The stand-in's reranker is a small one, trained on sentences of an encyclopaedia, of which it has
+seen none of these. The first two questions are some that it helps with; the figures at the end are
+of all 330, where it wins little. On the Python reference, --docs python, it loses a little.
 
 With a model hub at hand:
     python examples/ask_python_docs.py --models bge
@@ -27,16 +30,33 @@ import stand_in
 from hosts import HOSTS, Host, distinct
 from page import side_by_side
 from qdrant_client import QdrantClient
-from quality import DEPTH, FIRST, Row, measure, read_questions, table
+from quality import (
+    DEPTH,
+    FIRST,
+    Questions,
+    Row,
+    encyclopaedia_questions,
+    measure,
+    read_questions,
+    table,
+)
 from rich.console import Console
 
 from bge_core import CheckpointError, Embedder, Reranker
 
-QUESTIONS = (
-    "How do I run cleanup code even when my function raises?",
-    "Why does my default list argument keep its values between calls?",
-    "What is the difference between is and ==?",
-)
+ENCYCLOPAEDIA, PYTHON = "encyclopaedia", "python"
+QUESTIONS = {
+    ENCYCLOPAEDIA: (
+        "when was coffee first made into a drink",
+        "where does puerto rico's power come from",
+        "where are red blood cells made in adults",
+    ),
+    PYTHON: (
+        "How do I run cleanup code even when my function raises?",
+        "Why does my default list argument keep its values between calls?",
+        "What is the difference between is and ==?",
+    ),
+}
 # What `--models bge` takes from the hub, and how much of it.
 BGE = {"BAAI/bge-small-en-v1.5": "135 MB", "BAAI/bge-reranker-base": "1.1 GB"}
 CHARACTERS_A_SECOND = 10_000  # what the stand-in embeds on two CPU cores
@@ -65,10 +85,10 @@ def main() -> None:
     logging.getLogger("bge_core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Payload indexes have no effect in the local Qdrant")
     started = time.perf_counter()
-    corpus = corpora.folder(options.docs) if options.docs else corpora.python_reference()
+    corpus = _corpus(options.docs)
     names = list(HOSTS) if options.host == "both" else [options.host]
-    measured = not options.docs and not options.question
-    console.print(f"Searching [bold]{corpus.title}[/bold], {len(corpus.texts)} documents.")
+    measured = options.docs in QUESTIONS and not options.question
+    console.print(f"Searching [bold]{corpus.title}[/bold]: {len(corpus.texts)} documents.")
     console.print(_expected(corpus, len(names), measured=measured))
     models = _models(options, console)
     client = _client(options.store)
@@ -91,7 +111,8 @@ def main() -> None:
     if measured:
         key = f"{corpus.key()}-{hosts[0].name}-{hosts[0].fingerprint}"
         instructed = Embedder(models.embedder, query_instruction=models.instruction)
-        rows = _measured(hosts[0], key, corpus.title, instructed.query_instruction)
+        asked = encyclopaedia_questions() if options.docs == ENCYCLOPAEDIA else read_questions()
+        rows = _measured(hosts[0], asked, key, corpus.title, instructed.query_instruction)
         console.print(table(rows))
     console.print(f"Done in {time.perf_counter() - started:.0f} seconds.")
     client.close()
@@ -101,7 +122,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--docs", type=Path, help="a folder of .md, .txt and .rst files")
+    parser.add_argument(
+        "--docs",
+        default=ENCYCLOPAEDIA,
+        help=f"{ENCYCLOPAEDIA}, {PYTHON}, or a folder of .md, .txt and .rst files (default: "
+        f"{ENCYCLOPAEDIA})",
+    )
     parser.add_argument(
         "--models",
         choices=["stand-in", "bge"],
@@ -118,6 +144,12 @@ def _options() -> argparse.Namespace:
         help="a folder for the embedded Qdrant, or a server's URL",
     )
     return parser.parse_args()
+
+
+def _corpus(docs: str) -> corpora.Corpus:
+    if docs == ENCYCLOPAEDIA:
+        return corpora.encyclopaedia()
+    return corpora.python_reference() if docs == PYTHON else corpora.folder(Path(docs))
 
 
 def _expected(corpus: corpora.Corpus, hosts: int, *, measured: bool) -> str:
@@ -191,8 +223,8 @@ def _ask(host: Host, question: str, console: Console) -> None:
 def _questions(options: argparse.Namespace, console: Console) -> Iterator[str]:
     if options.question:
         yield from options.question
-    elif not options.docs:
-        yield from QUESTIONS
+    elif options.docs in QUESTIONS:
+        yield from QUESTIONS[options.docs]
     else:
         while question := console.input("Your question (an empty line ends): ").strip():
             yield question
@@ -203,12 +235,12 @@ def _client(store: str) -> QdrantClient:
     return QdrantClient(url=store) if "://" in store else QdrantClient(path=store)
 
 
-def _measured(host: Host, key: str, title: str, instruction: str) -> list[Row]:
-    """Measure on the questions about Python, or recall what an earlier run measured."""
+def _measured(host: Host, asked: Questions, key: str, title: str, instruction: str) -> list[Row]:
+    """Measure on the corpus's questions, or recall what an earlier run measured."""
     file = stand_in.cache_folder() / "quality.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if key not in known:
-        rows = measure(read_questions(), host, data=title, instruction=instruction)
+        rows = measure(asked, host, data=title, instruction=instruction)
         known[key] = [asdict(row) for row in rows]
         file.write_text(json.dumps(known))
     return [Row(**row) for row in known[key]]
