@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from bge_core.arguments import Priority
     from bge_core.checkpoints.catalog import PairPrompt, Profile
+    from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.engine.call import Progress, Steps
     from bge_core.errors import ComputationError
     from bge_core.reranker import Scorer
@@ -141,6 +142,12 @@ class FakeModel:
     def fingerprint(self) -> tuple[object, ...]:
         """Its name, in place of weights."""
         return "fake", self.model, self.max_length
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Refuse: a fake has none."""
+        msg = f"The fake of {self.model!r} has no checkpoint: use the real class."
+        raise ArgumentError(msg)
 
     def tokenizer(self) -> Tokenizer:
         """Refuse: a fake has none."""

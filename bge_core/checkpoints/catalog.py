@@ -547,7 +547,7 @@ def register(profile: Profile) -> None:
         profile: The checkpoint's row.
 
     Raises:
-        ArgumentError: The name has another row already.
+        ArgumentError: The name has another row already, or is written as a cache writes another's.
         InputTypeError: It is no `Profile`.
 
     Example:
@@ -569,6 +569,12 @@ def register(profile: Profile) -> None:
         msg = f"register takes a bge_core.Profile, got {type(profile).__name__}."
         raise InputTypeError(msg)
     name = profile.id.rpartition("/")[2].casefold()
+    if _name_of(profile.id) != name:
+        msg = (
+            f"The name {profile.id!r} can't be registered: as a folder's it would be read as "
+            f"{_name_of(profile.id)!r}, or as a checkpoint of training. Give yours another name."
+        )
+        raise ArgumentError(msg)
     # One step, so that no lock is needed, which a fork could leave held.
     known = _by_name.setdefault(name, profile)
     if known != profile:
@@ -657,9 +663,15 @@ def find_profile(name: str, kind: Kind | None = None) -> Profile | None:
     Returns:
         The row, or None for a name that is not in the table, or is there of the other kind.
     """
+    row = _by_name.get(_name_of(name))
+    return row if row is None or kind in (None, row.kind) else None
+
+
+def _name_of(name: str) -> str:
+    """Return the name that a hub id or a folder's path has in the table, in lower case."""
     parts = [part for part in PurePath(name.replace("\\", "/")).parts if part != "/"]
     if not parts:
-        return None
+        return ""
     last = parts[-1]
     if last.startswith("checkpoint-") and len(parts) > 1:
         last = parts[-2]
@@ -667,5 +679,4 @@ def find_profile(name: str, kind: Kind | None = None) -> Profile | None:
         last = parts[-3]
     if cached := _CACHED.fullmatch(last):
         last = cached.group(1) or cached.group(2)
-    row = _by_name.get(last.replace("___", ".").casefold())
-    return row if row is None or kind in (None, row.kind) else None
+    return last.replace("___", ".").casefold()

@@ -163,6 +163,12 @@ def test_windows_that_fit_have_the_same_vector_with_a_document_prompt():
     assert (windows == fake_embedder(**given).embed_documents(TEXTS)).all()
 
 
+def test_what_a_fake_has_not_is_a_sentence():
+    for made in (fake_embedder("BAAI/bge-m3"), fake_reranker("BAAI/bge-m3")):
+        with pytest.raises(ArgumentError, match=r"^The fake of 'BAAI/bge-m3' has no checkpoint"):
+            _ = made.checkpoint
+
+
 @pytest.mark.parametrize("wrong", [3, ["a"], b"a"])
 @pytest.mark.parametrize("name", ["name", "query_key", "documents_key"])
 def test_a_step_s_names_are_texts(name: str, wrong: Any):

@@ -185,6 +185,15 @@ def test_a_wrong_value_is_a_sentence(values, error, said):
         row(**values)
 
 
+@pytest.mark.parametrize(
+    "name", ["acme/models--acme--search", "acme/checkpoint-500", "BAAI_search", "acme/a___b"]
+)
+def test_a_name_that_no_lookup_would_find_is_refused(name):
+    with pytest.raises(ArgumentError, match=r"can't be registered: as a folder's it would be read"):
+        register(row(id=name))
+    assert find_profile(name) is None
+
+
 def test_only_a_profile_is_registered():
     with pytest.raises(InputTypeError, match=r"takes a bge_core\.Profile, got dict"):
         register({"id": "acme/search"})
