@@ -201,7 +201,8 @@ class M3Embedder(HasModel):
     @property
     def dimension(self) -> int:
         """Length of a dense vector."""
-        return self.checkpoint.hidden_size
+        width, kept = self.checkpoint.hidden_size, self.checkpoint.truncate_dim
+        return width if kept is None else min(width, kept)
 
     @property
     def fingerprint(self) -> str:
@@ -466,6 +467,7 @@ class M3Embedder(HasModel):
             raise self._model.non_finite_error(call.describe_item(index))
         dense, sparse = row.dense, {}
         if dense is not None:
+            dense = dense[: self._model.truncate_dim]
             dense = dense / np.maximum(np.linalg.norm(dense), np.finfo(np.float32).tiny)
         if row.sparse is not None:
             special = self._model.tokenizer().special_token_ids

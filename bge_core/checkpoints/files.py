@@ -226,6 +226,7 @@ def unreadable_error(path: Path, exc: OSError) -> CheckpointError:
 def first_line(exc: BaseException) -> str:
     """Return an error's first line, shortened."""
     line = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+    line = line.encode(errors="backslashreplace").decode()  # a lone surrogate can't be printed
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "HEADS",
     "Checkpoint",
     "check_kind",
+    "check_loadable",
     "check_profile",
     "is_m3_architecture",
     "missing_head_error",
@@ -132,6 +133,7 @@ class Checkpoint:
         lower_case: Texts are lower-cased before the tokenizer.
         truncation_side: Which end of a text is cut: `"right"` or `"left"`.
         layer_heads: After which layers a reranker has a score; None for after the last alone.
+        quantization: How its weights are quantised; None for not.
         prompts: Its own prompts for a `"query"` and a `"document"`, where it has one
             (config_sentence_transformers.json).
         m3_heads: Outputs of bge-m3 that it has a file for (`HEADS`).
@@ -158,6 +160,7 @@ class Checkpoint:
     lower_case: bool
     truncation_side: str
     layer_heads: LayerHeads | None
+    quantization: str | None
     prompts: Mapping[str, str]
     m3_heads: frozenset[Output]
 
@@ -203,9 +206,10 @@ def read(source: Source, folder: Path) -> Checkpoint:
     """
     check_files(folder)
     modules = _modules(folder)
+    for path in sorted({module.path for module in modules or ()} - {""}):
+        if (folder / path).is_dir():
+            check_files(folder / path)
     transformer_folder = folder / (modules[0].path if modules else "")
-    if transformer_folder != folder and transformer_folder.is_dir():
-        check_files(transformer_folder)
     if (adapter := transformer_folder / "adapter_config.json").exists():
         # It names another folder or hub id, and transformers would load that one's weights.
         msg = (
@@ -223,7 +227,6 @@ def read(source: Source, folder: Path) -> Checkpoint:
         )
         raise CheckpointError(msg)
     _check_sizes(config)
-    _check_quantization(config, source.model)
     labels = _labels(config)
     named = _profiles(source, folder, config)
     kind = _kind(config, labels, modules, named)
@@ -260,6 +263,7 @@ def read(source: Source, folder: Path) -> Checkpoint:
         lower_case=reading.flag("do_lower_case"),
         truncation_side=_truncation_side(reading, transformer_folder),
         layer_heads=_layer_heads(source.model, config, profile),
+        quantization=_quantization(config),
         prompts=_prompts(settings),
         m3_heads=frozenset(output for output, name in HEADS.items() if (folder / name).is_file()),
     )
@@ -309,6 +313,23 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
             "trained, or save it with sentence-transformers, which writes modules.json."
         )
         raise CheckpointError(msg)
+
+
+def check_loadable(checkpoint: Checkpoint) -> None:
+    """Refuse weights that only another program reads; a server may run them.
+
+    Raises:
+        CheckpointError: They are quantised.
+    """
+    if checkpoint.quantization is None:
+        return
+    msg = (
+        f"{checkpoint.name!r} is quantised with {checkpoint.quantization} (quantization_config in "
+        "config.json), which is not loaded here: use the original checkpoint, in half precision "
+        "with dtype='float16' or 'bfloat16', or a server that runs it (vLLM, "
+        "text-embeddings-inference, Infinity) with endpoint='...'."
+    )
+    raise CheckpointError(msg)
 
 
 def is_m3_architecture(checkpoint: Checkpoint, pooling: str | None) -> bool:
@@ -426,17 +447,14 @@ def _check_sizes(config: JsonFile) -> None:
         config.refuse(f"num_hidden_layers is more than {_MOST_LAYERS}")
 
 
-def _check_quantization(config: JsonFile, model: str) -> None:
-    if not (quantization := config.values.get("quantization_config")):
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    msg = (
-        f"{model!r} is quantised with {method or 'a method that it does not name'} "
-        "(quantization_config in config.json), which is not loaded here: use the original "
-        "checkpoint, in half precision with dtype='float16' or 'bfloat16', or a server that runs "
-        "it (vLLM, text-embeddings-inference, Infinity) with endpoint='...'."
-    )
-    raise CheckpointError(msg)
+def _quantization(config: JsonFile) -> str | None:
+    """Say how the weights are quantised; None for not."""
+    # The second is compressed-tensors' older word.
+    said = config.values.get("quantization_config") or config.values.get("compression_config")
+    if not said:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    return f"{method or 'a method that it does not name'}"
 
 
 def _lengths(

@@ -222,7 +222,10 @@ def _is_disk_full(exc: Exception) -> bool:
 
 
 def _not_found_error(source: Source, exc: Exception) -> CheckpointError:
-    where = f"cache_folder={source.hub_cache!r}" if source.hub_cache else "the hub cache"
+    where = f"cache_folder={source.cache_folder!r}"
+    if not source.cache_folder:
+        own = source.hub_cache
+        where = f"SENTENCE_TRANSFORMERS_HOME={own!r}" if own else "the hub cache"
     if _is_disk_full(exc):
         msg = (
             f"model={source.model!r} can't be downloaded: {where} has no room "

@@ -14,7 +14,7 @@ from bge_core.arguments import shown
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.table import BACKENDS, check_backend, choose_backends, load_runners
 from bge_core.checkpoints.catalog import find_profile
-from bge_core.checkpoints.metadata import check_kind, check_profile, read
+from bge_core.checkpoints.metadata import check_kind, check_loadable, check_profile, read
 from bge_core.checkpoints.source import locate
 from bge_core.engine.call import non_finite_error
 from bge_core.engine.process import hold_interpreter_exit, on_fork
@@ -144,6 +144,7 @@ class LocalModel(Closeable):
             if self._checkpoint is None:
                 found = read(self._source, locate(self._source))
                 check_kind(found, self._kind, pooling=self._pooling)
+                check_loadable(found)
                 self._check_length(found.max_length)
                 self._layers.resolve(self.model, found.layer_heads)
                 self._checkpoint = found

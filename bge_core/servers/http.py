@@ -379,6 +379,8 @@ class Endpoint:
         return text if len(text) <= limit else f"{text[:limit]}..."
 
     def _named(self, exc: BaseException) -> str:
+        while isinstance(exc, BaseExceptionGroup):  # which says no more than that there are some
+            exc = exc.exceptions[0]
         words = self._shown(exc)
         return f"{type(exc).__name__}: {words}" if words else type(exc).__name__
 

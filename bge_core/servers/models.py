@@ -347,9 +347,10 @@ class ServedModel(Closeable, Generic[Item]):
         if self._batch_size < size:
             return True  # learnt already
         limit = batch_limit_of(exc.text)
-        if limit is None and exc.status in (413, 422):
+        about_batches = is_about_batches(exc.text)
+        if limit is None and (exc.status in (413, 422) or (exc.status == 400 and about_batches)):
             limit = await self._limit_of_info()
-            too_much = exc.status == 413 or is_about_batches(exc.text)
+            too_much = exc.status == 413 or about_batches
             if too_much and not (limit and limit < size):
                 limit = size // 2
         if limit is None or not 0 < limit < size:

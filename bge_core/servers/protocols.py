@@ -182,7 +182,10 @@ _HINTS: Mapping[int, str] = MappingProxyType(
         429: "It is overloaded: send less at a time, or give it more capacity.",
     }
 )
-_BATCH_WORDS = re.compile(r"\bbatch|too many|at most|payload|too large", re.IGNORECASE)
+# One text of too many tokens is none.
+_BATCH_WORDS = re.compile(
+    r"\bbatch|too many(?! tokens)|at most(?! \d+ tokens)|payload|too large", re.IGNORECASE
+)
 
 
 def rerank_probe(model: str, *, raw: bool) -> dict[str, Any]:

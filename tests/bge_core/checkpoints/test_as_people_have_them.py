@@ -16,10 +16,12 @@ from bge_core import (
     ArgumentError,
     CheckpointError,
     Embedder,
+    InputTypeError,
     M3Embedder,
     RemoteReranker,
     Reranker,
     doctor,
+    make_embedder,
     make_scorer,
 )
 from bge_core.checkpoints.catalog import find_profile
@@ -143,6 +145,11 @@ def test_sentence_transformers_home_is_the_cache_where_none_is_given(
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "hub"))
     with Embedder("acme/encoder") as embedder:
         assert embedder.embed_documents(TEXTS).shape == (3, 32)
+    with (
+        Embedder("acme/other") as other,
+        pytest.raises(CheckpointError, match="is not in SENTENCE_TRANSFORMERS_HOME="),
+    ):
+        other.embed_documents(TEXTS)
     with (
         Embedder("acme/encoder", cache_folder=tmp_path) as elsewhere,
         pytest.raises(CheckpointError, match="is not in cache_folder"),
@@ -273,6 +280,47 @@ def test_quantised_weights_are_called_so(en_folder, bert_reranker_folder, copy_o
         edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
         with pytest.raises(CheckpointError, match=rf"quantised with {method or 'a method'}.*use"):
             make(folder)
+
+
+def test_compressed_weights_are_called_so_by_their_older_word(en_folder, copy_of):
+    folder = copy_of(en_folder)
+    edit(folder / "config.json", compression_config={"quant_method": "compressed-tensors"})
+    with pytest.raises(CheckpointError, match="quantised with compressed-tensors"):
+        Embedder(folder)
+
+
+def test_a_server_may_run_what_is_quantised(en_folder, bert_reranker_folder, copy_of):
+    for make, source in ((make_embedder, en_folder), (make_scorer, bert_reranker_folder)):
+        folder = copy_of(source, make.__name__)
+        edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+        with pytest.raises(CheckpointError, match=r"a server that runs it .*endpoint="):
+            make(folder)
+        served = make(folder, endpoint="http://localhost:8080")
+        assert served.model == str(folder)
+
+
+def test_a_pointer_of_git_lfs_is_one_in_a_module_s_folder_too(en_folder, copy_of):
+    folder = copy_of(en_folder)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 190\n"
+    (folder / "1_Pooling" / "config.json").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json is a pointer of Git LFS"):
+        Embedder(folder)
+
+
+def test_a_message_can_be_printed_whatever_a_checkpoint_says(en_folder, copy_of):
+    folder = copy_of(en_folder)
+    edit(folder / "config.json", model_type="\ud800")
+    with pytest.raises(CheckpointError, match=r"\\ud800") as caught, Embedder(folder) as embedder:
+        embedder.embed_documents(TEXTS)
+    assert str(caught.value).encode()
+
+
+@pytest.mark.parametrize("argument", [{"revision": 5}, {"cache_folder": 5}])
+def test_a_place_of_the_wrong_type_is_said(en_folder, argument):
+    name = next(iter(argument))
+    for model in (en_folder, "BAAI/bge-small-en-v1.5"):
+        with pytest.raises(InputTypeError, match=f"^{name} must be"):
+            Embedder(model, **argument)
 
 
 @pytest.mark.parametrize("make", [Embedder, Reranker])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bge_core import ArgumentError, CheckpointError, Embedder, Reranker
+from bge_core import ArgumentError, CheckpointError, Embedder, M3Embedder, Reranker
 
 SHORT = ["Paris is in France.", "A cat sat on the mat.", "巴黎是法国的首都"]
 TEXTS = [*SHORT, "The giant panda is a bear. " * 40]
@@ -125,6 +125,22 @@ def test_a_setting_is_honoured(unknown_folder, copy_of, name):
     expected = theirs.encode_query(TEXTS, **options)
     np.testing.assert_allclose(queries, expected, atol=1e-5)
     np.testing.assert_allclose(documents, theirs.encode_document(TEXTS, **options), atol=1e-5)
+
+
+def test_bge_m3_keeps_as_many_numbers_of_a_dense_vector(m3_folder, copy_of):
+    from sentence_transformers import SentenceTransformer
+
+    folder = copy_of(m3_folder)
+    edit(folder / SENTENCE, truncate_dim=16)
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    expected = theirs.encode(SHORT, batch_size=1, normalize_embeddings=True)
+    with M3Embedder(folder) as embedder:
+        assert embedder.dimension == 16
+        np.testing.assert_allclose(embedder.encode(SHORT).dense, expected, atol=1e-5)
+        assert embedder.encode([]).dense.shape == (0, 16)
+        weights = {"dense": 1.0, "sparse": 0.0, "multi_vector": 0.0}
+        score = embedder.score([(SHORT[0], SHORT[1])], weights=weights)
+    np.testing.assert_allclose(score, [expected[0] @ expected[1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("default", ["task", "query"])

@@ -375,6 +375,7 @@ def test_what_follows_an_answer_does_not_spoil_the_next(raw, more):
 
 PROXIES = [
     "socks5://127.0.0.1:9",
+    "127.0.0.1:99999",
     "socks5h://user:pass@127.0.0.1:9",
     "garbage://x",
     "http://[::1",
@@ -397,9 +398,10 @@ def test_a_proxy_that_is_none_is_a_sentence(raw, monkeypatch, name, proxy):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, proxy)
     raw.reply = lambda body: [respond(GOOD)]
-    _, shown = said(plain(raw))
+    sentence, shown = said(plain(raw))
     assert KEY not in shown
     assert "pass@" not in shown
+    assert "TaskGroup" not in sentence
     monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1,::1,[,http://[::1,*.x,,")
     assert plain(raw, normalize=False).embed_documents(["a"]).tolist() == [[3.0, 4.0]]
 

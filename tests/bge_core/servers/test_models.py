@@ -724,6 +724,8 @@ def named(status, text):
         (named(413, "<h1>413 Request Entity Too Large</h1>"), None, [32, 16, 8]),
         (named(422, "batch is too large"), {"max_client_batch_size": "8"}, [32, 16, 8]),
         (named(413, ""), {"max_client_batch_size": 10**6}, [32, 16, 8]),
+        (named(400, "batch size {given} exceeds the limit {limit}"), None, [32, 16, 8]),
+        (named(400, "input has too many items: {limit} are allowed"), None, [32, 16, 8]),
     ],
 )
 async def test_a_smaller_batch_limit_is_learnt_once(call, server, refusal, info, sizes):
@@ -763,9 +765,11 @@ def test_a_limit_that_is_none_is_no_reason_to_go_on(server, limit):
     assert len(server.asked) == 1
 
 
-def test_what_is_wrong_with_a_text_is_not_met_with_less_of_it(server):
-    server.faults = [answer(422, {"error": "inputs must have less than 512 tokens. Given: 900"})]
-    with pytest.raises(EndpointError, match="less than 512 tokens"):
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("said", ["inputs must have less than 512 tokens", "at most 512 tokens"])
+def test_what_is_wrong_with_a_text_is_not_met_with_less_of_it(server, status, said):
+    server.faults = [answer(status, {"error": f"{said}. Given: 900"})]
+    with pytest.raises(EndpointError, match=said):
         plain(server).embed_documents([str(number) for number in range(32)])
     assert len(server.asked) == 1
 
