@@ -43,15 +43,19 @@ from bge_core.backends.table import BackendName
 from bge_core.checkpoints.catalog import register, registered_profiles
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, InputTypeError
+from bge_core.factory import make_reranker
 from bge_core.lifecycle import ContextManaged
 from bge_core.m3 import M3Embedder, M3Reranker, M3Weights
 from bge_core.prompts import QueryExample
+from bge_core.reranker import Scorer
 
 __all__ = [
     "Examples",
-    "LayerFields",
     "LocalModelFields",
     "ModelName",
+    "PromptFields",
+    "RankingFields",
+    "RerankerFields",
     "ResolvedSettings",
     "ServedModelFields",
     "Weights",
@@ -89,7 +93,6 @@ if TYPE_CHECKING:
     import torch
 
     from bge_core.engine.model import HasModel
-    from bge_core.reranker import Scorer
 
     Device = str | torch.device | list[str]
     DType = str | torch.dtype
@@ -423,8 +426,35 @@ def resolved_settings(core: Embedder | M3Embedder | Scorer) -> ResolvedSettings:
     )
 
 
-class LayerFields(LocalModelFields):
-    """How much is computed of a reranker that has a score after each layer."""
+class PromptFields(LocalModelFields):
+    """What goes in front of an embedder's queries."""
+
+    query_instruction: str | None = Field(default=None, frozen=True)
+    """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
+    decoder it is the task alone, which goes into the template that the model was trained with."""
+
+    task_description: str | None = Field(default=None, frozen=True)
+    """A decoder's word for `query_instruction`: what its queries are and what is to be found for
+    them, in a sentence."""
+
+    examples: Examples | None = Field(default=None, frozen=True)
+    """Queries and their answers that bge-en-icl sees in front of each query: `QueryExample`, or
+    dicts of `query`, `response` and, where it is another, `instruct`."""
+
+    task: str | None = Field(default=None, frozen=True)
+    """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
+
+
+class RerankerFields(LocalModelFields):
+    """What scores pairs: the scale, the priority, and how many layers are computed."""
+
+    priority: Literal["interactive", "background"] = "interactive"
+    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
+    for."""
+
+    normalize: bool = Field(default=True, frozen=True)
+    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
+    effect with bge-m3, whose scores are about 0 to 1 in any case."""
 
     cutoff_layers: int | list[int] | None = Field(default=None, frozen=True)
     """The layer after which the score is read, of bge-reranker-v2-minicpm-layerwise (8 to 40) and
@@ -441,6 +471,34 @@ class LayerFields(LocalModelFields):
     def _options(self) -> dict[str, Any]:
         own = ("cutoff_layers", "compress_layers", "compress_ratio")
         return super()._options() | {name: getattr(self, name) for name in own}
+
+
+class RankingFields(RerankerFields):
+    """What ranks passages, and keeps the best."""
+
+    top_n: int | None = Field(default=None, ge=1, strict=True)
+    """How many to keep, 1 or more; None for all."""
+
+    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    """The least score to keep, itself included; None for any."""
+
+    m3_weights: Weights | None = Field(default=None, frozen=True)
+    """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
+    or a dict of these names; None for just these, and for a reranker."""
+
+    _factory: ClassVar[Callable[..., Scorer]] = staticmethod(make_reranker)
+    if TYPE_CHECKING:
+        _core: Scorer = PrivateAttr()
+
+    def _make_core(self) -> Scorer:
+        core = self._factory(
+            getattr(self, self._model_field),
+            m3_weights=self.m3_weights,
+            normalize=self.normalize,
+            **self._options(),
+        )
+        core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
+        return core
 
 
 def with_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field, PrivateAttr
 
 from bge_core import Scorer, make_reranker
-from bge_core.host_fields import LayerFields
+from bge_core.host_fields import RerankerFields
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import MODEL_KEYS, fold
 
 __all__ = ["BGECrossEncoder"]
 
 
-class BGECrossEncoder(LayerFields, ServedModelFields, BaseCrossEncoder):
+class BGECrossEncoder(RerankerFields, ServedModelFields, BaseCrossEncoder):
     """A BGE reranker that scores pairs of texts, for `CrossEncoderReranker` and the like.
 
     `BGEReranker` does more with less: it puts scores into the documents' metadata and knows a
@@ -33,13 +33,6 @@ class BGECrossEncoder(LayerFields, ServedModelFields, BaseCrossEncoder):
         >>> encoder.score([("What is a panda?", "The giant panda is a bear.")])  # doctest: +SKIP
         [0.9979]
     """
-
-    priority: Literal["interactive", "background"] = "interactive"
-    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
-    for."""
-
-    normalize: bool = Field(default=True, frozen=True)
-    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits."""
 
     model_kwargs: dict[str, Any] = Field(
         default_factory=dict, frozen=True, exclude=True, repr=False

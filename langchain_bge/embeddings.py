@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from bge_core import ArgumentError, Embedder, arguments, make_embedder
 from bge_core.arguments import shown
-from bge_core.host_fields import Examples
+from bge_core.host_fields import PromptFields
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._kwargs import ENCODE_KEYS, MODEL_KEYS, fold
 
@@ -30,7 +30,7 @@ _RENAMED = {
 }
 
 
-class BGEEmbeddings(ServedModelFields, Embeddings):
+class BGEEmbeddings(PromptFields, ServedModelFields, Embeddings):
     """A BGE embedding model, or any other that sentence-transformers can save.
 
     Queries get the instruction that the model card gives, documents none (llm-embedder's tasks and
@@ -52,21 +52,6 @@ class BGEEmbeddings(ServedModelFields, Embeddings):
         >>> len(documents), len(query) == embeddings.dimension
         (2, True)
     """
-
-    query_instruction: str | None = Field(default=None, frozen=True)
-    """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
-    decoder it is the task alone, which goes into the template that the model was trained with."""
-
-    task_description: str | None = Field(default=None, frozen=True)
-    """A decoder's word for `query_instruction`: what its queries are and what is to be found for
-    them, in a sentence."""
-
-    examples: Examples | None = Field(default=None, frozen=True)
-    """Queries and their answers that bge-en-icl sees in front of each query: `QueryExample`, or
-    dicts of `query`, `response` and, where it is another, `instruct`."""
-
-    task: str | None = Field(default=None, frozen=True)
-    """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
 
     pooling: Literal["cls", "mean", "last"] | None = Field(default=None, frozen=True)
     """Which rows make the vector; None for what the checkpoint says."""

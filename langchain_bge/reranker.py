@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
@@ -14,11 +14,11 @@ from langchain_core.runnables import (
     RunnableParallel,
     RunnablePassthrough,
 )
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from bge_core import InputTypeError, Ranked, Scorer, make_reranker
+from bge_core import InputTypeError, Ranked
 from bge_core.arguments import is_list, text
-from bge_core.host_fields import LayerFields, Weights, earlier_score_key
+from bge_core.host_fields import RankingFields, earlier_score_key
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._runs import RerankRunnable, arerank_run, config_of, rerank_run
 
@@ -34,7 +34,7 @@ class RerankResult(TypedDict):
     relevance_end: NotRequired[int]
 
 
-class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
+class BGEReranker(RankingFields, ServedModelFields, BaseDocumentCompressor):
     """A BGE reranker, or bge-m3, that orders documents by how well they answer a query.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector
@@ -59,25 +59,6 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
 
     top_n: int | None = Field(default=3, ge=1, strict=True)
     """How many documents to keep, 1 or more; None for all."""
-
-    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
-    """The least score to keep, itself included; None for any."""
-
-    priority: Literal["interactive", "background"] = "interactive"
-    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
-    for."""
-
-    normalize: bool = Field(default=True, frozen=True)
-    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
-    effect with bge-m3, whose scores are about 0 to 1 in any case."""
-
-    m3_weights: Weights | None = Field(default=None, frozen=True)
-    """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
-    or a dict of these names; None for just these, and for a reranker."""
-
-    _factory: ClassVar[Callable[..., Scorer]] = staticmethod(make_reranker)
-    if TYPE_CHECKING:
-        _core: Scorer = PrivateAttr()
 
     def compress_documents(
         self,
@@ -223,13 +204,6 @@ class BGEReranker(LayerFields, ServedModelFields, BaseDocumentCompressor):
             "top_n": self.top_n,
             "model": self.model_name,
         }
-
-    def _make_core(self) -> Scorer:
-        core = self._factory(
-            self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
-        )
-        core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
-        return core
 
 
 def _checked_documents(documents: Iterable[Document]) -> list[Document]:

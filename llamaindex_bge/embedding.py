@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from bge_core import BGEError, Embedder, make_embedder
 from bge_core.engine.call import run_off_loop
-from bge_core.host_fields import Examples
+from bge_core.host_fields import PromptFields
 from llamaindex_bge._component import EmbeddingComponent, ServedModelComponent
 from llamaindex_bge._queries import BatchedQueries
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["BGEEmbedding"]
 
 
-class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
+class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, BatchedQueries):
     """BGE embeddings, or those of any other model that sentence-transformers can save.
 
     Queries get the checkpoint's instruction, documents none (llm-embedder's tasks and a
@@ -48,21 +48,6 @@ class BGEEmbedding(EmbeddingComponent, ServedModelComponent, BatchedQueries):
         >>> bool(embed_model.similarity(query, france) > embed_model.similarity(query, cats))
         True
     """
-
-    query_instruction: str | None = Field(default=None, frozen=True)
-    """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
-    decoder it is the task alone, which goes into the template that the model was trained with."""
-
-    task_description: str | None = Field(default=None, frozen=True)
-    """A decoder's word for `query_instruction`: what its queries are and what is to be found for
-    them, in a sentence."""
-
-    examples: Examples | None = Field(default=None, frozen=True)
-    """Queries and their answers that bge-en-icl sees in front of each query: `QueryExample`, or
-    dicts of `query`, `response` and, where it is another, `instruct`."""
-
-    task: str | None = Field(default=None, frozen=True)
-    """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
 
     pooling: str | None = Field(default=None, frozen=True)
     """`"cls"`, `"mean"` or `"last"`: which rows make the vector; None for what the checkpoint

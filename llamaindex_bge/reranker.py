@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from bge_core import ArgumentError, InputTypeError, Ranked, Scorer, make_reranker
+from bge_core import ArgumentError, InputTypeError, Ranked
 from bge_core.arguments import shown
-from bge_core.host_fields import LayerFields, ModelName, Weights, earlier_score_key
+from bge_core.host_fields import ModelName, RankingFields, earlier_score_key
 from llamaindex_bge._component import ServedModelComponent
 
 __all__ = ["BGEReranker"]
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _RETRIEVAL_SCORE = "retrieval_score"
 
 
-class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
+class BGEReranker(RankingFields, ServedModelComponent, BaseNodePostprocessor):
     """A BGE reranker, or bge-m3, that puts retrieved nodes in a better order.
 
     With `model="BAAI/bge-m3"` the score is a weighted mean of dense, sparse and multi-vector
@@ -69,21 +69,6 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
     top_n: int | None = Field(default=2, ge=1, strict=True)
     """How many nodes to give, 1 or more; None for all."""
 
-    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
-    """The least score to give, itself included; None for any."""
-
-    priority: Literal["interactive", "background"] = "interactive"
-    """`"background"` inside a job, such as an index build: its work comes after what somebody waits
-    for."""
-
-    normalize: bool = Field(default=True, frozen=True)
-    """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
-    effect with bge-m3, whose scores are about 0 to 1 in any case."""
-
-    m3_weights: Weights | None = Field(default=None, frozen=True)
-    """How much the scores of bge-m3 count, `M3Weights(dense=1.0, sparse=0.3, multi_vector=1.0)`
-    or a dict of these names; None for just these, and for a reranker."""
-
     keep_retrieval_score: bool = False
     """Keep the retriever's score as `metadata["retrieval_score"]`, and that of an earlier reranker
     as `relevance_score_1`, the next one's as `relevance_score_2`; all of them out of the texts for
@@ -92,21 +77,10 @@ class BGEReranker(LayerFields, ServedModelComponent, BaseNodePostprocessor):
     metadata_mode: MetadataMode = MetadataMode.EMBED
     """Which metadata is scored with a node's text."""
 
-    _factory: ClassVar[Callable[..., Scorer]] = staticmethod(make_reranker)
-    if TYPE_CHECKING:
-        _core: Scorer = PrivateAttr()
-
     @classmethod
     def class_name(cls) -> str:
         """Return the name that LlamaIndex writes beside a configuration."""
         return "BGEReranker"
-
-    def _make_core(self) -> Scorer:
-        core = self._factory(
-            self.model, m3_weights=self.m3_weights, normalize=self.normalize, **self._options()
-        )
-        core.check_limits(top_n=self.top_n, score_threshold=self.score_threshold)
-        return core
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
