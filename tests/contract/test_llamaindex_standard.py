@@ -42,7 +42,7 @@ class OfEmbedding(EmbeddingContract):
     other_arguments = {  # noqa: RUF012
         "query_instruction": "another instruction: ",
         "normalize": False,
-        "max_length": 16,
+        "max_length": 24,
         "pooling": "last",
     }
     idle_arguments = {  # noqa: RUF012
