@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-import logging
 import os
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -40,7 +39,7 @@ from pydantic.fields import FieldInfo
 
 from bge_core.arguments import shown
 from bge_core.backends.table import BackendName
-from bge_core.checkpoints.catalog import register, registered_profiles
+from bge_core.checkpoints.catalog import registered_profiles, restore_profiles
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, InputTypeError
 from bge_core.factory import make_reranker
@@ -64,8 +63,6 @@ __all__ = [
     "without_profiles",
 ]
 
-
-logger = logging.getLogger(__name__)
 
 _PROFILES = "registered_profiles"
 
@@ -266,8 +263,12 @@ class LocalModelFields(BaseModel, ContextManaged):
 
         Raises:
             ArgumentError: A value that is not supported.
+            InputTypeError: `update` is no mapping.
         """
-        changed = self._with_one_model(update or {})
+        if update is not None and not isinstance(update, Mapping):
+            msg = f"update must be a mapping of arguments, got {type(update).__name__}."
+            raise InputTypeError(msg)
+        changed = self._with_one_model({str(name): value for name, value in (update or {}).items()})
         return type(self)(**{**self._copied_fields(), **changed})
 
     def __copy__(self) -> Self:
@@ -508,11 +509,7 @@ def with_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def without_profiles(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """Register a state's rows, and return the rest of it; a row in doubt is a warning."""
-    for row in state.get(_PROFILES, ()):
-        try:
-            register(row)
-        except ArgumentError as exc:
-            logger.warning("%s", exc)
+    restore_profiles(state.get(_PROFILES, ()))
     return {name: value for name, value in state.items() if name != _PROFILES}
 
 

@@ -6,9 +6,10 @@ published checkpoint is a new row here; a user adds rows with `register`.
 
 from __future__ import annotations
 
+import logging
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from types import MappingProxyType
@@ -30,8 +31,11 @@ __all__ = [
     "is_hub_id",
     "register",
     "registered_profiles",
+    "restore_profiles",
     "supported_models",
 ]
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["embedder", "reranker"]
 Pooling = Literal["cls", "mean", "last"]
@@ -591,6 +595,19 @@ def register(profile: Profile) -> None:
 def registered_profiles() -> tuple[Profile, ...]:
     """Return the rows that `register` added."""
     return tuple(row for name, row in list(_rows.items()) if name not in _PUBLISHED)
+
+
+def restore_profiles(rows: Iterable[Profile]) -> None:
+    """Register the rows of a pickle; one whose name is another's here is left out with a warning.
+
+    Not an error: a pool's worker that can't read its task dies in silence, and the caller waits
+    for ever; and the row may be of another model than the pickle's.
+    """
+    for row in rows:
+        try:
+            register(row)
+        except ArgumentError as exc:
+            logger.warning("%s", exc)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from bge_core.checkpoints.catalog import (
     Profile,
     find_profile,
     is_hub_id,
-    register,
     registered_profiles,
+    restore_profiles,
 )
 from bge_core.checkpoints.files import first_line, other_weights
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
@@ -151,8 +151,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _source_of(values: Mapping[str, Any], rows: tuple[Profile, ...]) -> Source:
-    for row in rows:
-        register(row)
+    restore_profiles(rows)
     return Source(**values)
 
 

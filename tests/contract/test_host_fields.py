@@ -45,6 +45,12 @@ def folder(request: pytest.FixtureRequest, kind: Any) -> Path:
 # The model's two names
 
 
+@pytest.mark.parametrize("update", ["device", [("device", "cpu")], {1: "cpu"}])
+def test_a_copy_s_changes_are_a_mapping_of_arguments(kind: Any, folder: Path, update: Any):
+    with pytest.raises(BGEError, match=r"^update must be a mapping|has no argument '1'"):
+        kind(model=folder).model_copy(update=update)
+
+
 @pytest.mark.parametrize("name", ["model", "model_name"])
 def test_the_model_has_two_names(kind: Any, folder: Path, name: str):
     for given in (folder, str(folder)):

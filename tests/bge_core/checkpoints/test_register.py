@@ -208,6 +208,26 @@ def test_a_row_is_frozen_whatever_it_was_made_of():
     assert pickle.loads(pickle.dumps(made)) == made
 
 
+@pytest.mark.parametrize("make", [Embedder, BGEEmbeddings])
+def test_a_row_that_another_process_knows_otherwise_is_a_warning(make, tmp_path):
+    register(row())
+    (tmp_path / "model").write_bytes(pickle.dumps(make(model="BAAI/bge-small-en-v1.5")))
+    code = (
+        "import pickle, sys; from bge_core import Profile, register\n"
+        "register(Profile(id='acme/search', kind='reranker', family='bert', max_length=64))\n"
+        "print(pickle.load(open(sys.argv[1], 'rb')).model)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+    )
+    assert done.stdout == "BAAI/bge-small-en-v1.5\n"
+    assert "'acme/search' is registered with other values" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("make", "argument"),
     [(Embedder, "model"), (BGEEmbeddings, "model"), (BGEEmbedding, "model_name")],
