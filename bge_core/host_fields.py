@@ -134,13 +134,13 @@ class LocalModelFields(BaseModel, ContextManaged):
     """`"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`, `"float16"` or
     `"bfloat16"`."""
 
-    use_fp16: bool | None = Field(default=None, frozen=True)
+    use_fp16: bool | None = Field(default=None, frozen=True, strict=True)
     """FlagEmbedding's word for float16 (True) or float32 (False); None leaves it to `dtype`."""
 
-    max_length: int | None = Field(default=None, frozen=True)
+    max_length: int | None = Field(default=None, frozen=True, strict=True)
     """Tokens that are read of a text, special ones included; None for the checkpoint's limit."""
 
-    batch_tokens: int | None = Field(default=None, frozen=True)
+    batch_tokens: int | None = Field(default=None, frozen=True, strict=True)
     """Tokens computed in one pass; None for the device's default."""
 
     on_truncation: Literal["ignore", "warn", "error"] = Field(default="warn", frozen=True)
@@ -157,10 +157,10 @@ class LocalModelFields(BaseModel, ContextManaged):
     revision: str | None = Field(default=None, frozen=True)
     """Branch, tag or commit on the hub."""
 
-    local_files_only: bool = Field(default=False, frozen=True)
+    local_files_only: bool = Field(default=False, frozen=True, strict=True)
     """Never go to the network."""
 
-    trust_remote_code: bool = Field(default=False, frozen=True)
+    trust_remote_code: bool = Field(default=False, frozen=True, strict=True)
     """Run Python code that the checkpoint carries; off for good reason."""
 
     token: Secret | None = Field(default=None, frozen=True, exclude=True, repr=False)
@@ -360,7 +360,7 @@ class ServedModelFields(LocalModelFields):
     served_model_name: str | None = Field(default=None, frozen=True)
     """The server's name of the model, where it is another than the model's."""
 
-    endpoint_batch_size: int | None = Field(default=None, frozen=True)
+    endpoint_batch_size: int | None = Field(default=None, frozen=True, strict=True)
     """Texts that one request to the server carries, at most; None for 32. A smaller limit of the
     server's is learnt from its first refusal."""
 
@@ -453,7 +453,7 @@ class RerankerFields(LocalModelFields):
     """`"background"` inside a job, such as an index build: its work comes after what somebody waits
     for."""
 
-    normalize: bool = Field(default=True, frozen=True)
+    normalize: bool = Field(default=True, frozen=True, strict=True)
     """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
     effect with bge-m3, whose scores are about 0 to 1 in any case."""
 
@@ -466,7 +466,7 @@ class RerankerFields(LocalModelFields):
     """Layers before which bge-reranker-v2.5-gemma2-lightweight shortens the passage, such as
     `[24, 40]`; None for `[8]`."""
 
-    compress_ratio: int = Field(default=1, frozen=True)
+    compress_ratio: int = Field(default=1, frozen=True, strict=True)
     """How many neighbouring tokens of the passage become one there: 1 (off), 2, 4 or 8."""
 
     def _options(self) -> dict[str, Any]:

@@ -56,10 +56,10 @@ class BGEEmbeddings(PromptFields, ServedModelFields, Embeddings):
     pooling: Literal["cls", "mean", "last"] | None = Field(default=None, frozen=True)
     """Which rows make the vector; None for what the checkpoint says."""
 
-    normalize_embeddings: bool = Field(default=True, frozen=True)
+    normalize_embeddings: bool = Field(default=True, frozen=True, strict=True)
     """Scale vectors to unit length; False gives the pooled vector as it is."""
 
-    show_progress: bool = False
+    show_progress: bool = Field(default=False, strict=True)
     """Show a progress bar while documents are embedded."""
 
     embed_instruction: str = Field(default="", frozen=True)

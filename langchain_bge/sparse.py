@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from bge_core import M3Embedder
 from bge_core.errors import needs_extra
@@ -45,7 +45,7 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         True
     """
 
-    show_progress: bool = False
+    show_progress: bool = Field(default=False, strict=True)
     """Show a progress bar while documents are embedded."""
 
     if TYPE_CHECKING:

@@ -53,7 +53,7 @@ class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, Batch
     """`"cls"`, `"mean"` or `"last"`: which rows make the vector; None for what the checkpoint
     says."""
 
-    normalize: bool = Field(default=True, frozen=True)
+    normalize: bool = Field(default=True, frozen=True, strict=True)
     """Scale vectors to unit length; False gives the pooled vector as it is."""
 
     # A living object has no place in a configuration: the host would put its address there.

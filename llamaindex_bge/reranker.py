@@ -69,7 +69,7 @@ class BGEReranker(RankingFields, ServedModelComponent, BaseNodePostprocessor):
     top_n: int | None = Field(default=2, ge=1, strict=True)
     """How many nodes to give, 1 or more; None for all."""
 
-    keep_retrieval_score: bool = False
+    keep_retrieval_score: bool = Field(default=False, strict=True)
     """Keep the retriever's score as `metadata["retrieval_score"]`, and that of an earlier reranker
     as `relevance_score_1`, the next one's as `relevance_score_2`; all of them out of the texts for
     embedding and for the LLM."""

@@ -113,6 +113,19 @@ def test_a_refusal_is_the_sentence_alone(kind: Any, folder: Path):
         assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
+@pytest.mark.parametrize("word", ["false", "no", "true", 0, 1, "1"])
+def test_a_flag_is_a_bool_and_a_count_is_a_number(kind: Any, folder: Path, word: Any):
+    """A word from the environment is refused: "no" would not have meant no everywhere."""
+    flags = [name for name, field in kind.model_fields.items() if field.annotation is bool]
+    assert "trust_remote_code" in flags
+    for name in (*flags, "use_fp16"):
+        with pytest.raises(ArgumentError, match=f"{name}: input should be a valid boolean"):
+            kind(model=folder, **{name: word})
+    for name in ("max_length", "batch_tokens"):
+        with pytest.raises(ArgumentError, match=f"{name}: input should be a valid integer"):
+            kind(model=folder, **{name: bool(word)})
+
+
 def test_a_missing_model_is_the_sentence_alone(kind: Any, caplog: Any):
     adapter = kind(model="acme/nowhere")
     caplog.set_level(logging.DEBUG, logger="bge_core")
