@@ -583,7 +583,8 @@ def _labels(config: JsonFile) -> int:
 def _profile_of(config: JsonFile) -> Profile | None:
     """Return the row of a model that was trained further, where its classes are one row's own."""
     named = config.values.get("architectures")
-    rows = (_LAYERWISE_CLASSES.get(name) for name in (named if isinstance(named, list) else ()))
+    names = map(str, named if isinstance(named, list) else ())  # a file may have anything there
+    rows = (_LAYERWISE_CLASSES.get(name) for name in names)
     return next((PROFILES[row] for row in rows if row is not None), None)
 
 

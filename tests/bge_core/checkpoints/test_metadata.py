@@ -387,6 +387,15 @@ def test_a_number_that_is_none_is_refused_in_a_sentence(en_folder, copy_of, file
         Embedder(folder)
 
 
+@pytest.mark.parametrize("wrong", [[], {}, None, 1])
+def test_classes_that_have_no_names_are_nobodys(en_folder, copy_of, wrong):
+    folder = copy_of(en_folder)
+    edit(folder / "config.json", architectures=[wrong])
+    assert Embedder(folder).dimension == Embedder(en_folder).dimension
+    with pytest.raises(CheckpointError, match="is an embedding model"):
+        Reranker(folder)
+
+
 @pytest.mark.parametrize("kept", [0, 5, 100, 20_000])
 def test_damaged_weights_are_refused_at_first_use(en_folder, copy_of, kept):
     folder = copy_of(en_folder)
