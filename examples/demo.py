@@ -155,7 +155,7 @@ def _corpus(docs: str) -> corpora.Corpus:
 def _expected(corpus: corpora.Corpus, hosts: int, *, measured: bool) -> str:
     """Say how long it takes, on two CPU cores and with the stand-in."""
     characters = hosts * sum(len(text.text) for text in corpus.texts)
-    seconds = 10 + characters / CHARACTERS_A_SECOND + (30 if measured else 0)
+    seconds = 10 + characters / CHARACTERS_A_SECOND + (70 if measured else 0)
     return (
         f"The first time it takes about {10 * round(seconds / 10)} seconds with the stand-in, to "
         "embed them all; after that about 10. Larger models take longer."
