@@ -697,7 +697,8 @@ def _prompts(config: JsonFile) -> dict[str, str]:
             except BGEError as exc:
                 config.refuse(str(exc).rstrip("."))
     default = config.values.get("default_prompt_name")
-    if default is not None and default not in ("query", "document") and default not in prompts:
+    known = ("query", "document", *prompts)  # a tuple: a list has no hash
+    if default is not None and default not in known:
         config.refuse(f"default_prompt_name {default!r:.60} is none of its prompts")
     names = {"query": ("query",), "document": ("document", "passage", "corpus")}
     found = {}

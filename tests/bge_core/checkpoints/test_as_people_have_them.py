@@ -485,3 +485,13 @@ def test_sizes_that_no_model_has_are_a_sentence_at_load(en_folder, reranker_fold
             continue  # BERT's padding is nobody's business where nothing is padded
         with pytest.raises(CheckpointError):
             use(make(folder))
+
+
+@pytest.mark.parametrize("named", [[], {}, 3, "nowhere"])
+def test_a_default_prompt_of_no_name_is_refused(en_folder, copy_of, named):
+    folder = copy_of(en_folder)
+    path = folder / "config_sentence_transformers.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(said | {"default_prompt_name": named}))
+    with pytest.raises(CheckpointError, match=r"default_prompt_name .* is none of its prompts"):
+        Embedder(folder)
