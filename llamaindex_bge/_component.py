@@ -13,6 +13,8 @@ from llama_index.core.schema import BaseComponent
 from llama_index.core.storage.kvstore.types import BaseKVStore
 from pydantic import BaseModel, Field
 
+from bge_core import arguments
+from bge_core.engine.call import run_off_loop
 from bge_core.errors import InputTypeError
 from bge_core.host_fields import (
     LocalModelFields,
@@ -21,6 +23,7 @@ from bge_core.host_fields import (
     with_profiles,
     without_profiles,
 )
+from bge_core.tokenizer import can_check_inline
 
 __all__ = ["EmbeddingComponent", "LocalModelComponent", "ServedModelComponent"]
 
@@ -106,6 +109,23 @@ class EmbeddingComponent(LocalModelComponent):
     else:
         model_name: ModelName = Field(frozen=True)
         """A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder; `model=` is the same argument."""
+
+        # The host would embed each character of a str and each key of a mapping.
+        def get_text_embedding_batch(
+            self, texts: list[str], show_progress: bool = False, **kwargs: Any
+        ) -> list[Any]:
+            """Embed documents, in the host's batches; see the host's own method."""
+            texts = arguments.texts("texts", texts)
+            return super().get_text_embedding_batch(texts, show_progress=show_progress, **kwargs)
+
+        async def aget_text_embedding_batch(
+            self, texts: list[str], show_progress: bool = False, **kwargs: Any
+        ) -> list[Any]:
+            """Embed documents without blocking the event loop."""
+            inline = can_check_inline(texts)
+            texts = await run_off_loop(arguments.texts, "texts", texts, inline=inline)
+            batch = super().aget_text_embedding_batch
+            return await batch(texts, show_progress=show_progress, **kwargs)
 
         @property
         def model(self) -> str:

@@ -211,6 +211,14 @@ class EmbeddingContract:
         for vector in vectors:
             assert_floats(vector)
 
+    @pytest.mark.parametrize("wrong", ["one text", b"bytes", {"a": 1}, {"a", "b"}, None, 3])
+    async def test_what_is_no_list_of_texts_is_refused(
+        self, make: Any, call: Call, wrong: Any
+    ) -> None:
+        """Not embedded letter by letter, or key by key."""
+        with pytest.raises(TypeError, match="texts must be a list of str"):
+            await call(make(), "get_text_embedding_batch", wrong)
+
     @pytest.mark.parametrize("size", [1, 3, 2048])
     async def test_order_and_batches(self, make: Any, call: Call, size: int) -> None:
         model = make(embed_batch_size=size)

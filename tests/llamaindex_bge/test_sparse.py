@@ -237,3 +237,10 @@ def test_the_reranker_refuses_in_sentences(
     with pytest.raises(CheckpointError, match=r"colbert_linear\.pt"):
         BGEReranker(model=folder)
     BGEReranker(model="BAAI/bge-m3")
+
+
+async def test_one_text_in_place_of_a_list_is_refused(call: Any, m3_folder: Path):
+    model = BGESparseEmbedding(model_name=m3_folder)
+    with pytest.raises(InputTypeError, match="texts must be a list of str, got one str"):
+        await call(model, "get_text_embedding_batch", "a text")
+    assert len(await call(model, "get_text_embedding_batch", iter(["a text", "a cat"]))) == 2
