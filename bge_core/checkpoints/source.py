@@ -239,7 +239,7 @@ def _not_found_error(source: Source, exc: Exception) -> CheckpointError:
         remedy = "unset HF_HUB_OFFLINE"
     else:
         why = f"it is not in {where}, and the hub gave none ({first_line(exc)})"
-        remedy = "see that the hub can be reached"
+        remedy = "check the network"
     close = difflib.get_close_matches(source.model, tuple(PROFILES), n=1)
     typo = close and close[0] != source.model
     hint = f"Did you mean {close[0]!r}? Else check" if typo else "Check the spelling and"

@@ -628,7 +628,7 @@ async def test_the_event_loop_goes_on_while_long_texts_are_tokenised(en_folder, 
             gaps.append(time.perf_counter() - last)
             last += gaps[-1]
 
-    with Embedder(en_folder, max_length=8) as embedder:
+    with Embedder(en_folder, max_length=16) as embedder:
         await embedder.aembed_queries(["warm"])
         ticking = asyncio.create_task(tick())
         await asyncio.sleep(0.01)

@@ -48,7 +48,7 @@ def eager_switching():
 @pytest.mark.usefixtures("eager_switching")
 def test_16_threads_and_three_lengths_get_the_vectors_of_one(en_folder: Path):
     texts = [f"{n} {'panda cat dog ' * (1 + n * n % 60)}" for n in range(60)]
-    lengths = (8, 32, 128)
+    lengths = (12, 32, 128)
     embedders = {n: Embedder(en_folder, max_length=n, on_truncation="ignore") for n in lengths}
     methods = ("embed_queries", "embed_documents")
     alone = {
@@ -72,7 +72,7 @@ def test_16_threads_and_three_lengths_get_the_vectors_of_one(en_folder: Path):
     with ThreadPoolExecutor(16) as pool:
         assert max(pool.map(work, turns)) < 1e-5
     # The three lengths differ, or nothing was shown.
-    assert np.abs(alone[8, methods[0]] - alone[32, methods[0]]).max() > 0.1
+    assert np.abs(alone[12, methods[0]] - alone[32, methods[0]]).max() > 0.1
     for embedder in embedders.values():
         embedder.close()
 
@@ -308,7 +308,7 @@ async def test_long_lists_are_checked_and_given_off_the_event_loop(
 async def test_what_happens_to_one_caller_happens_to_no_other(en_folder: Path):
     with (
         Embedder(en_folder, batch_tokens=256) as embedder,
-        Embedder(en_folder, max_length=8, on_truncation="error") as strict,
+        Embedder(en_folder, max_length=12, on_truncation="error") as strict,
         Embedder(en_folder) as closing,
     ):
         texts = [f"{n} {'cat ' * 20}" for n in range(40)]

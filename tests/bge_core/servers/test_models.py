@@ -782,7 +782,8 @@ def test_endpoint_batch_size_is_kept_to(server):
     server.asked.clear()
     reranker = make_scorer("BAAI/bge-reranker-base", endpoint=server.address, endpoint_batch_size=3)
     pickle.loads(pickle.dumps(reranker)).rank("q", texts)
-    assert [len(body["texts"]) for _, body in server.asked[2:]] == [3, 3, 3, 1]
+    # Requests run side by side: their order at the server is chance.
+    assert sorted(len(body["texts"]) for _, body in server.asked[2:]) == [1, 3, 3, 3]
     server.reset()
     server.batch_limit = 100
     plain(server, endpoint_batch_size=64).embed_documents([str(number) for number in range(100)])
