@@ -74,9 +74,11 @@ _UNSERVED = {
     "document_length": "multi-vector models of its own",
     "query_expansion": "multi-vector models of its own",
 }
-_MOST_LAYERS = 1000
+# transformers makes a name for each label before it makes the model: a billion fill the memory.
+_MOST = {"num_hidden_layers": 1000, "num_labels": 10_000}
 _SIZES = {
     "hidden_size": 1,
+    "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "head_dim": 1,
@@ -443,8 +445,9 @@ def _check_sizes(config: JsonFile) -> None:
     """Refuse sizes that no model can have, before somebody makes room for them."""
     for name, least in _SIZES.items():
         config.whole(name, least, least=least)
-    if config.whole("num_hidden_layers", 1, least=1) > _MOST_LAYERS:
-        config.refuse(f"num_hidden_layers is more than {_MOST_LAYERS}")
+    for name, most in _MOST.items():
+        if config.whole(name, 1) > most:
+            config.refuse(f"{name} is more than {most:,}")
 
 
 def _quantization(config: JsonFile) -> str | None:

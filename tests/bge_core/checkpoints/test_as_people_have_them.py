@@ -458,6 +458,8 @@ def test_json_that_nests_without_end_is_a_sentence(unknown_folder, copy_of, name
         {"num_hidden_layers": 0},
         {"num_hidden_layers": -3},
         {"num_hidden_layers": 10**9},
+        {"num_labels": 343_137},  # half a minute of making names
+        {"num_labels": 10**9},  # and a process that was killed
         {"num_attention_heads": -4},
         {"num_attention_heads": 0},
         {"num_attention_heads": 7},
