@@ -74,8 +74,8 @@ _UNSERVED = {
     "document_length": "multi-vector models of its own",
     "query_expansion": "multi-vector models of its own",
 }
-# transformers makes a name for each label before it makes the model: a billion fill the memory.
-_MOST = {"num_hidden_layers": 1000, "num_labels": 10_000}
+# transformers makes every layer and a name for each label before it looks at the weights.
+_MOST = {"num_hidden_layers": 256, "num_labels": 10_000}
 _SIZES = {
     "hidden_size": 1,
     "num_hidden_layers": 1,

@@ -457,6 +457,7 @@ def test_json_that_nests_without_end_is_a_sentence(unknown_folder, copy_of, name
     [
         {"num_hidden_layers": 0},
         {"num_hidden_layers": -3},
+        {"num_hidden_layers": 513},  # seconds of making layers
         {"num_hidden_layers": 10**9},
         {"num_labels": 343_137},  # half a minute of making names
         {"num_labels": 10**9},  # and a process that was killed
