@@ -63,6 +63,7 @@ class LocalModel(Closeable):
         "_checkpoint",
         "_digest",
         "_engine",
+        "_fitting_prompts",
         "_lock",
     }
 
@@ -98,6 +99,7 @@ class LocalModel(Closeable):
         self._checkpoint: Checkpoint | None = None
         self._digest: str | None = None
         self._engine: Engine | None = None
+        self._fitting_prompts: set[str] = set()
         on_fork(self, LocalModel.after_fork)
 
     def after_fork(self) -> None:
@@ -351,7 +353,12 @@ class LocalModel(Closeable):
             raise ArgumentError(msg)
 
     def _check_prompt(self, tokenizer: Tokenizer, prompt: str) -> None:
-        """Refuse a prompt that fills `max_length`: whatever stood behind it had one vector."""
+        """Refuse a prompt that fills `max_length`: whatever stood behind it had one vector.
+
+        Each prompt is tokenised for it once, and not in front of every query.
+        """
+        if prompt in self._fitting_prompts:
+            return
         taken = tokenizer.count([prompt])[0]
         if self.checkpoint.truncation_side == "right" and (
             taken + tokenizer.single_extra >= self.max_length
@@ -362,6 +369,7 @@ class LocalModel(Closeable):
                 f"{taken + tokenizer.single_extra + 1} or more, or a shorter instruction."
             )
             raise ArgumentError(msg)
+        self._fitting_prompts.add(prompt)
 
     def steps(
         self, call: Call[Any], *, priority: Priority, progress: Progress = None
