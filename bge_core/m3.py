@@ -494,6 +494,7 @@ class _Scoring(Call[str]):
     """
 
     shares_outputs = False
+    rows_are_small = False
 
     def __init__(
         self,

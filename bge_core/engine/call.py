@@ -66,6 +66,8 @@ class Call(Generic[Item]):
 
     shares_outputs = True
     """See `TokenSequence`."""
+    rows_are_small = True
+    """Whether many slices' rows may wait to be added."""
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ __all__ = ["LocalModel"]
 
 logger = logging.getLogger(__name__)
 
+# Slices that wait, at the least: more where the devices take more than that.
 _SLICES_AHEAD = 2
 _POOLINGS = ("cls", "mean", "last")
 
@@ -394,19 +395,24 @@ class LocalModel(Closeable):
         engine = self.loaded()
         if call.prompt:
             self._check_prompt(engine.tokenizer, call.prompt)
+        budget = self.options.batch_tokens
+        enough = engine.tokens_ahead(priority, budget) if call.rows_are_small else 0
         ahead: deque[Future[Rows]] = deque()
+        waiting: deque[int] = deque()  # of each slice its tokens
         try:
             for sequences in self._slices(engine.tokenizer, call):
                 future = engine.submit(
                     sequences,
                     priority=priority,
                     caller=call,
-                    budget=self.options.batch_tokens,
+                    budget=budget,
                     progress=progress,
                 )
                 self._track(future)
                 ahead.append(future)
-                if len(ahead) > _SLICES_AHEAD:
+                waiting.append(sum(map(len, sequences)))
+                while len(ahead) > _SLICES_AHEAD and sum(waiting) > enough:
+                    waiting.popleft()
                     call.add_rows((yield ahead.popleft()))
             while ahead:
                 call.add_rows((yield ahead.popleft()))

@@ -51,6 +51,9 @@ _MOST_GOOD_PACKS = 1024
 # A limit falls to no less; a pack that has less and doesn't fit is cut all the same.
 _LEAST_TOKENS = 64
 _UNLIMITED = 1 << 60
+# Packs a device that a caller may have waiting or in work: enough that none rests while the caller
+# tokenises more.
+_PACKS_AHEAD = 3
 # A pack takes no further caller from here on: filling it holds the lock that `submit` takes.
 _MOST_SEQUENCES = 8192
 
@@ -437,6 +440,16 @@ class Engine:
     def runners(self) -> Mapping[Priority, Sequence[Runner]]:
         """What executes packs, one a device, for each priority."""
         return self._workers.runners
+
+    def tokens_ahead(self, priority: Priority, budget: int | None = None) -> int:
+        """Return how many tokens of one caller keep every device busy.
+
+        Args:
+            priority: Whose devices.
+            budget: Tokens a pack may have; None for the devices' defaults.
+        """
+        runners = self._workers.runners.get(priority, ())
+        return _PACKS_AHEAD * sum(budget or runner.default_budget for runner in runners)
 
     def submit(
         self,
