@@ -8,6 +8,10 @@ OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training docs
 
+# What `make evaluate` measures without ARGS.
+STAND_IN = --data examples/encyclopaedia --model "$$($(BIN)/python examples/stand_in.py embedder)" \
+	--reranker "$$($(BIN)/python examples/stand_in.py reranker)"
+
 .DEFAULT_GOAL := help
 .PHONY: help demo evaluate test test-server test-lowest test-newest lint format docs bench soak clean
 
@@ -18,7 +22,7 @@ demo: $(VENV)/.demo  ## Ask an encyclopaedia, in LangChain and LlamaIndex (MODEL
 	$(BIN)/python examples/demo.py $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
 evaluate: $(VENV)/.demo $(if $(findstring --tasks,$(ARGS)),$(VENV)/.mteb)  ## How well a model finds (ARGS="--data FOLDER --model ... --reranker ...")
-	$(BIN)/python examples/evaluate_retrieval.py $(ARGS)
+	$(BIN)/python -m bge_core.evaluate $(or $(ARGS),$(STAND_IN))
 
 test: $(VENV)/.dev  ## Run all tests (ARGS="-k words")
 	$(BIN)/python -m pytest $(ARGS)

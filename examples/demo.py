@@ -30,19 +30,12 @@ import stand_in
 from hosts import HOSTS, Host, distinct
 from page import side_by_side
 from qdrant_client import QdrantClient
-from quality import (
-    DEPTH,
-    FIRST,
-    Questions,
-    Row,
-    encyclopaedia_questions,
-    measure,
-    read_questions,
-    table,
-)
+from quality import encyclopaedia_questions, measure, read_questions
 from rich.console import Console
 
 from bge_core import CheckpointError, Embedder, Reranker
+from bge_core.beir import Questions
+from bge_core.evaluate import DEPTH, FIRST, Row, table
 
 ENCYCLOPAEDIA, PYTHON = "encyclopaedia", "python"
 QUESTIONS = {

@@ -18,12 +18,14 @@ import corpora
 import numpy as np
 import stand_in
 from numpy.typing import NDArray
-from quality import Questions, figures, read_questions
+from quality import read_questions
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from bge_core import Embedder, Reranker
+from bge_core.beir import Questions
+from bge_core.evaluate import figures
 
 WORDS = 2000
 # Longer topics are what stands in front; a question about one of them is not asked.

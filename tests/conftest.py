@@ -644,6 +644,26 @@ def task_metadata() -> Callable[[str, str, str], Any]:
 
 
 @pytest.fixture
+def beir(tmp_path: Path, documents: list[dict[str, str]], queries: Queries) -> Path:
+    """A folder in BEIR format with the tests' retrieval set."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    corpus = [{"_id": row["id"], **row} for row in documents]
+    asked = [{"_id": key, "text": text} for key, (text, _) in queries.items()]
+    asked.append({"_id": "q9", "text": "nobody judged this"})
+    for name, rows in (("corpus", corpus), ("queries", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    judged = [
+        f"{key}\t{name}\t{grade}"
+        for key, (_, has) in queries.items()
+        for name, grade in has.items()
+    ]
+    lines = ["query-id\tcorpus-id\tscore", *judged, "q0\td5\t0"]
+    (folder / "qrels.tsv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
 def retrieval_task(
     documents: list[dict[str, str]],
     queries: Queries,

@@ -13,11 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
-import ir_measures
 import pytest
-from ir_measures import RR, R, nDCG
 
 from bge_core import Embedder, Reranker
 
@@ -110,7 +107,8 @@ def test_the_page_marks_moves_and_shows_whole_sentences():
 def test_near_duplicates_are_one_passage_with_all_its_topics():
     from corpora import near_duplicates
     from hosts import Hit, distinct
-    from quality import documents
+
+    from bge_core.evaluate import documents
 
     long = (
         "the quick brown fox jumps over the lazy dog and then it sleeps in the warm afternoon sun"
@@ -191,7 +189,9 @@ def test_the_demo_measures_a_configuration_once():
 
 def test_a_document_ranks_where_its_best_passage_does():
     from hosts import Hit
-    from quality import Questions, measure
+    from quality import measure
+
+    from bge_core.beir import Questions
 
     class Fixed:
         def search(self, question, first):
@@ -218,114 +218,6 @@ def test_a_document_ranks_where_its_best_passage_does():
     assert measured({"a": 1, "elsewhere": 1})[0][2] == pytest.approx(50.0)
 
 
-@pytest.fixture
-def beir(tmp_path, documents, queries):
-    """A folder in BEIR format with the tests' retrieval set."""
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    corpus = [{"_id": row["id"], **row} for row in documents]
-    asked = [{"_id": key, "text": text} for key, (text, _) in queries.items()]
-    asked.append({"_id": "q9", "text": "nobody judged this"})
-    for name, rows in (("corpus", corpus), ("queries", asked)):
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    judged = [
-        f"{key}\t{name}\t{grade}"
-        for key, (_, has) in queries.items()
-        for name, grade in has.items()
-    ]
-    lines = ["query-id\tcorpus-id\tscore", *judged, "q0\td5\t0"]
-    (folder / "qrels.tsv").write_text("\n".join(lines))
-    return folder
-
-
-def test_beir_folders_in_both_layouts(beir, queries, read):
-    from quality import read_beir
-
-    questions, passages = read_beir(beir)
-    assert questions.texts == {key: text for key, (text, _) in queries.items()}
-    assert questions.relevant == {key: grades for key, (_, grades) in queries.items()}
-    assert passages == list(read.items())
-    (beir / "qrels").mkdir()
-    (beir / "qrels.tsv").rename(beir / "qrels" / "test.tsv")
-    assert read_beir(beir) == (questions, passages)
-
-
-def test_a_beir_folder_that_lacks_something_is_refused(beir):
-    from quality import read_beir
-
-    (beir / "queries.jsonl").write_text('{"_id": "q1", "text": "alone"}\n')
-    with pytest.raises(SystemExit, match=r"judges 4 questions that queries\.jsonl lacks"):
-        read_beir(beir)
-    (beir / "qrels.tsv").write_text("q1 0 d2 1\nq1 0 d2 1\n")
-    with pytest.raises(SystemExit, match="expected query-id, corpus-id and score"):
-        read_beir(beir)
-    (beir / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td2\t0\n")
-    with pytest.raises(SystemExit, match="no score above 0"):
-        read_beir(beir)
-    (beir / "qrels.tsv").unlink()
-    with pytest.raises(SystemExit, match=r"has no qrels\.tsv"):
-        read_beir(beir)
-
-
-def test_evaluate_gives_what_transformers_and_ir_measures_give(
-    beir, en_folder, reranker_folder, queries, read, searched, reference_score, retrieval_task,
-    monkeypatch, capsys,
-):  # fmt: skip
-    written = beir / "figures.json"
-    arguments = ["--data", beir, "--model", en_folder, "--reranker", reranker_folder]
-    arguments += ["--first", 6, "--json", written]
-    example = str(EXAMPLES / "evaluate_retrieval.py")
-    monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
-    runpy.run_path(example, run_name="__main__")
-
-    expected: list[Any] = []
-    for reranked in (0, 6):
-        for instruction in ("", INSTRUCTION):
-            asked = [instruction + text for text, _ in queries.values()]
-            run = searched(en_folder, asked, list(read.values()))
-            for key, found in run.items() if reranked else ():
-                best = sorted(found, key=found.get, reverse=True)[:6]
-                pairs = [(queries[key][0], read[name]) for name in best]
-                scores = reference_score(reranker_folder, pairs) + 1000  # before all the others
-                found.update(zip(best, scores.tolist(), strict=True))
-            figures = ir_measures.calc_aggregate(
-                [nDCG @ 10, RR @ 10, R @ 100], {key: has for key, (_, has) in queries.items()}, run
-            )
-            percent = [100 * figures[metric] for metric in (nDCG @ 10, RR @ 10, R @ 100)]
-            expected.append((instruction, reranked, pytest.approx(percent)))
-    rows = json.loads(written.read_text())["rows"]
-    assert [
-        (row["instruction"], row["reranked"], list(row["figures"].values())) for row in rows
-    ] == expected
-    shown = capsys.readouterr().out
-    assert "notes" in shown
-    assert str(beir) not in shown + written.read_text()
-
-    # The same by mteb, which drops what isn't reranked.
-    import evaluate_retrieval
-
-    with (
-        Embedder(en_folder, query_instruction="") as plain,
-        Embedder(en_folder) as instructed,
-        Reranker(reranker_folder, normalize=False) as reranker,
-    ):
-        by_mteb = evaluate_retrieval.on_task(
-            retrieval_task("Local"),
-            embedders={"": plain, INSTRUCTION: instructed},
-            reranker=reranker,
-            first=6,
-        )
-    for row, same in zip(rows, by_mteb, strict=True):
-        assert (same.questions, same.instruction, same.reranked) == (
-            *(5, row["instruction"]),
-            row["reranked"],
-        )
-        if same.reranked:
-            assert "recall@100" not in same.figures
-        else:
-            assert same.figures == pytest.approx(row["figures"], abs=1e-3)
-
-
 @pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
 def test_hybrid_search_in_both_frameworks_on_an_untrained_stand_in(monkeypatch, capsys):
     question = "Error E1042"
@@ -348,7 +240,6 @@ def test_embedded_shards_are_loaded_and_searched(tmp_path, stand_in_folder):
     import pyarrow.parquet as pq
     from qdrant_client import QdrantClient
 
-    from bge_core import Embedder
     from bge_core.scale.steps import Embed
 
     embedder = Embedder(stand_in_folder, query_instruction="")
