@@ -271,7 +271,7 @@ def _scored(
     """Give each query and the scores of its passages."""
     if reranker is not None:
         for query, texts in passages.items():
-            yield query, reranker.score(query, texts)
+            yield query, reranker.score(query, texts).tolist()
         return
     if embedder is None:
         msg = "Nothing scores the pairs: pass embedder= or reranker=."
@@ -308,7 +308,7 @@ def _proposal(rule: str, scores: Scores, every: NDArray[np.float64], place: int)
 def _shortest(score: float, lower: float) -> float:
     """Give the number of fewest decimals that is at most a score and above the next lower one."""
     for decimals in range(2, 17):
-        rounded = math.floor(score * 10**decimals) / 10**decimals
+        rounded: float = math.floor(score * 10**decimals) / 10**decimals
         if lower < rounded <= score:
             return rounded
     return score

@@ -61,7 +61,8 @@ def test_the_scores_of_a_folder_are_those_of_transformers(
 ):
     asked = [INSTRUCTION + text for text, _ in queries.values()]
     cosines = searched(en_folder, asked, list(read.values()))
-    relevant, other = [], []
+    relevant: list[float] = []
+    other: list[float] = []
     for key, (text, has) in queries.items():
         found = sorted(cosines[key], key=cosines[key].get, reverse=True)[:6]
         for name in {*found, *has}:
