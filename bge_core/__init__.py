@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from bge_core.checkpoints.catalog import Profile, register, supported_models
 from bge_core.embedder import Embedder
+from bge_core.engine.stats import ModelStats
 from bge_core.errors import (
     ArgumentError,
     BGEError,
@@ -52,6 +53,7 @@ __all__ = [
     "M3Reranker",
     "M3Weights",
     "MissingExtraError",
+    "ModelStats",
     "Profile",
     "QueryExample",
     "Ranked",

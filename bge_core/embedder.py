@@ -247,6 +247,7 @@ class Embedder(HasModel):
             _warn_of_no_instruction(self.model, self._model.profile)
         if prefix := template.query_prefix:
             queries = [prefix + query for query in queries]
+        self._begin(len(queries))
         call = Call(
             queries, prompt=prefix, around=(template.few_shot_prefix, template.query_suffix)
         )
@@ -258,6 +259,7 @@ class Embedder(HasModel):
     ) -> Steps[NDArray[np.float32]]:
         documents = arguments.texts("texts", texts)
         priority = arguments.one_of("priority", priority, arguments.PRIORITIES)
+        self._begin(len(documents))
         if self._long_passages == "window" and documents:
             return (yield from self._embed_windows(documents, priority, show_progress))
         if prefix := self._template.document_prefix:

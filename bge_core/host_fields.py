@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     import torch
 
     from bge_core.engine.model import HasModel
+    from bge_core.engine.stats import ModelStats
 
     Device = str | torch.device | list[str]
     DType = str | torch.dtype
@@ -243,6 +244,15 @@ class LocalModelFields(BaseModel, ContextManaged):
             CheckpointError: The model can't be found.
         """
         return resolved_settings(self._core)
+
+    def stats(self) -> ModelStats:
+        """Return what this object has done so far, and what waits for its model right now.
+
+        Requests, texts, tokens, forward passes, the queue, the seconds of each stage. Reading it
+        loads nothing; after `close` it says what was done until then.
+        """
+        counted: ModelStats = self._core.stats()
+        return counted
 
     def close(self) -> None:
         """Release the model; the weights are freed when nobody else holds them."""

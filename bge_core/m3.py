@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.engine.call import Steps
     from bge_core.engine.scheduler import Rows
+    from bge_core.engine.stats import ModelStats
 
 __all__ = ["M3Embedder", "M3Outputs", "M3Reranker", "M3Weights"]
 
@@ -340,10 +341,22 @@ class M3Embedder(HasModel):
         weights: M3Weights,
         priority: Priority,
         show_progress: bool,
+        *,
+        begins: bool = True,
     ) -> Steps[NDArray[np.float32]]:
-        """Score pairs step by step, as `score` and `ascore` do; see `Steps`."""
-        call = _Scoring(arguments.pairs("pairs", pairs), weights, self._read)
-        yield from self._compute(call, weights.outputs, priority, show_progress)
+        """Score pairs step by step, as `score` and `ascore` do; see `Steps`.
+
+        Args:
+            pairs: Pairs of str.
+            weights: How much each output counts.
+            priority: As `score` takes it.
+            show_progress: Show a progress bar.
+            begins: Whether it is a call of its own for `stats`, and no part of one.
+        """
+        known = arguments.pairs("pairs", pairs)
+        call = _Scoring(known, weights, self._read)
+        asked = len(known) if begins else None
+        yield from self._compute(call, weights.outputs, priority, show_progress, asked)
         return call.scores
 
     def close(self) -> None:
@@ -409,7 +422,8 @@ class M3Embedder(HasModel):
         show_progress: bool,
     ) -> Steps[M3Outputs]:
         call = Call(arguments.texts("texts", texts), requested_outputs=outputs)
-        yield from self._compute(call, outputs, priority, show_progress)
+        asked = len(call.inverse)
+        yield from self._compute(call, outputs, priority, show_progress, asked)
         return self._outputs(call, outputs, return_tokens=return_tokens)
 
     def _compute(
@@ -418,9 +432,12 @@ class M3Embedder(HasModel):
         outputs: frozenset[Output],
         priority: Priority,
         show_progress: bool,
+        asked: int | None,
     ) -> Steps[None]:
         priority = arguments.one_of("priority", priority, arguments.PRIORITIES)
         self._model.check_open()
+        if asked is not None:
+            self._begin(asked)
         if call.items:
             self._check_heads(outputs)
         with progress_bar(len(call.items), show=show_progress) as progress:
@@ -631,6 +648,10 @@ class M3Reranker(Scorer):
         """The devices that were asked for; empty for the best one of whichever machine loads it."""
         return self._embedder.devices
 
+    def stats(self) -> ModelStats:
+        """Return what its embedder has done so far; `texts` are pairs, `sequences` texts."""
+        return self._embedder.stats()
+
     def close(self) -> None:
         """Release the model; see `M3Embedder.close`."""
         self._embedder.close()
@@ -643,11 +664,15 @@ class M3Reranker(Scorer):
         self, pairs: list[tuple[str, str]], *, priority: Priority, show_progress: bool
     ) -> Steps[Scored]:
         def score(some: list[tuple[str, str]], _parts: object = None) -> Steps[NDArray[np.float32]]:
-            return self._embedder.score_steps(some, self._weights, priority, show_progress)
+            return self._embedder.score_steps(
+                some, self._weights, priority, show_progress, begins=not windowed
+            )
 
-        if self._long_passages == "truncate" or not pairs:
+        windowed = self._long_passages == "window" and bool(pairs)
+        if not windowed:
             scores = yield from score(pairs)
             return Scored(scores, scores)
+        self._embedder._begin(len(pairs))
         model = self._embedder.local
         tokenizer = model.tokenizer()
         layout = tokenizer.text_layout(model.max_length)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bge_core.arguments import Priority
     from bge_core.engine.call import Progress, Steps
     from bge_core.engine.model import TextModel
+    from bge_core.engine.stats import ModelStats
     from bge_core.windows import Span
 
 __all__ = ["Ranked", "Reranker", "Scored", "Scorer"]
@@ -96,6 +97,10 @@ class Scorer(ContextManaged):
     @abstractmethod
     def devices(self) -> tuple[str, ...]:
         """The devices that were asked for; empty for the best one of whichever machine loads it."""
+
+    @abstractmethod
+    def stats(self) -> ModelStats:
+        """Return what this object has done so far, and what waits for its model right now."""
 
     @property
     @abstractmethod
@@ -376,6 +381,7 @@ class Reranker(HasModel, Scorer):
         self, pairs: list[Pair], *, priority: Priority, show_progress: bool
     ) -> Steps[Scored]:
         priority = arguments.one_of("priority", priority, arguments.PRIORITIES)
+        self._begin(len(pairs))
         windowed = self._long_passages == "window" and bool(pairs)
         total, unit = (None, "window") if windowed else (len(set(pairs)), "text")
         spans = None

@@ -19,6 +19,7 @@ import numpy as np
 from bge_core.embedder import Embedder
 from bge_core.engine.call import Call, non_finite_error
 from bge_core.engine.progress import progress_bar
+from bge_core.engine.stats import Counters
 from bge_core.errors import ArgumentError, closed_error
 from bge_core.factory import make_embedder, make_reranker
 from bge_core.prompts import QueryExample
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from bge_core.checkpoints.catalog import PairPrompt, Profile
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.engine.call import Progress, Steps
+    from bge_core.engine.stats import ModelStats
     from bge_core.errors import ComputationError
     from bge_core.reranker import Scorer
     from bge_core.tokenizer import Tokenizer
@@ -126,6 +128,7 @@ class FakeModel:
         self.truncate_dim: int | None = None
         self.capacity = self.profile.max_length if self.profile else 512
         self.max_length = max_length or self.capacity
+        self.counters = Counters()
         self._closed = False
 
     @property
@@ -167,6 +170,7 @@ class FakeModel:
     ) -> Steps[None]:
         """Add a row an item to the call; nothing has to be waited for."""
         self.check_open()
+        self.counters.add_sequences(len(call.items), 0)
         before, after = call.around
         rows = [
             _logit(*item) if isinstance(item, tuple) else self._vector(f"{before}{item}{after}")
@@ -176,6 +180,10 @@ class FakeModel:
             progress(len(rows))
         call.add_rows(rows)
         yield from ()
+
+    def stats(self) -> ModelStats:
+        """Return what it was asked; nothing waits, and it has no tokens."""
+        return self.counters.stats()
 
     def report_truncation(self, what: str, truncated: int, total: int) -> None:
         """Do nothing: nothing is truncated."""
@@ -195,7 +203,7 @@ class FakeModel:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the configuration; a copy is open."""
-        return {**self.__dict__, "_closed": False}
+        return {**self.__dict__, "_closed": False, "counters": Counters()}
 
     def _vector(self, text: str) -> NDArray[np.float32]:
         size = self.dimension or _DIMENSION

@@ -26,6 +26,7 @@ PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 MODULES = (
     "bge_core.checkpoints.catalog",
     "bge_core.embedder",
+    "bge_core.engine.stats",
     "bge_core.prompts",
     "bge_core.m3",
     "bge_core.mteb",

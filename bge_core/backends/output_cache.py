@@ -58,11 +58,15 @@ class OutputCache:
 
     Args:
         max_bytes: Bytes that it may hold.
+
+    Attributes:
+        hits: Outputs that it gave.
     """
 
     def __init__(self, *, max_bytes: int = _MOST_BYTES) -> None:
         self._max_bytes = max_bytes
         self._models: frozenset[Hashable] = frozenset()
+        self.hits = 0
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -124,6 +128,7 @@ class OutputCache:
             arrays = self._outputs.pop(key, None)
             if arrays is not None:
                 self._size -= _bytes(arrays)
+                self.hits += 1
         return arrays
 
 

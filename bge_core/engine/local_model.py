@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -18,6 +19,7 @@ from bge_core.checkpoints.metadata import check_kind, check_loadable, check_prof
 from bge_core.checkpoints.source import locate
 from bge_core.engine.call import non_finite_error
 from bge_core.engine.process import hold_interpreter_exit, on_fork
+from bge_core.engine.stats import Counters
 from bge_core.errors import ArgumentError, closed_while_waiting_error
 from bge_core.layers import LayerOptions
 from bge_core.lifecycle import Closeable
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from bge_core.checkpoints.metadata import Checkpoint, Kind
     from bge_core.engine.call import Call, Progress, Steps
     from bge_core.engine.scheduler import Engine, Rows
+    from bge_core.engine.stats import ModelStats
     from bge_core.errors import ComputationError
     from bge_core.layers import Depth
     from bge_core.options import ModelOptions
@@ -63,6 +66,7 @@ class LocalModel(Closeable):
     _unpickled_attributes = Closeable._unpickled_attributes | {
         "_checkpoint",
         "_digest",
+        "counters",
         "_engine",
         "_fitting_prompts",
         "_lock",
@@ -101,12 +105,14 @@ class LocalModel(Closeable):
         self._digest: str | None = None
         self._engine: Engine | None = None
         self._fitting_prompts: set[str] = set()
+        self.counters = Counters(self._flight_lock)
         on_fork(self, LocalModel.after_fork)
 
     def after_fork(self) -> None:
         """Replace what another thread may have held."""
         super().after_fork()
         self._lock = threading.RLock()
+        self.counters = Counters(self._flight_lock)
 
     @property
     def model(self) -> str:
@@ -235,8 +241,16 @@ class LocalModel(Closeable):
         Callers that still wait get a `ClosedError`. Closing twice is harmless.
         """
         self._closed = True
+        self.stats()  # which keeps what goes with the engine
         self._engine = None
         super().close()
+
+    def stats(self) -> ModelStats:
+        """Return what it has done so far, and what waits for it."""
+        if (engine := self._engine) is None:
+            return self.counters.stats()
+        self.counters.note_cache_hits(engine.cache_hits)
+        return self.counters.stats(engine.waiting())
 
     def placed(self) -> tuple[Sequence[str], str]:
         """Return the devices that compute on this machine, and their number format."""
@@ -407,6 +421,7 @@ class LocalModel(Closeable):
                     caller=call,
                     budget=budget,
                     progress=progress,
+                    counters=self.counters,
                 )
                 self._track(future)
                 ahead.append(future)
@@ -457,15 +472,19 @@ class LocalModel(Closeable):
     def _encode(
         self, tokenizer: Tokenizer, call: Call[Any], items: Sequence[Any]
     ) -> tuple[list[TokenSequence], list[bool]]:
+        started = time.perf_counter()
         if self._kind == "reranker":
-            return tokenizer.encode_pairs(
+            encoded = tokenizer.encode_pairs(
                 items, self.pair_prompt, max_length=self.max_length, limit=self.capacity
             )
-        if any(call.around):
-            return tokenizer.encode_between(
+        elif any(call.around):
+            encoded = tokenizer.encode_between(
                 items, around=call.around, max_length=self.max_length, limit=self.capacity
             )
-        return tokenizer.encode(items, max_length=self.max_length)
+        else:
+            encoded = tokenizer.encode(items, max_length=self.max_length)
+        self.counters.add_tokenizing(time.perf_counter() - started)
+        return encoded
 
     def _report(self, call: Call[Any]) -> None:
         if call.reports:

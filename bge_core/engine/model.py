@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.engine.call import Call, Progress, Steps
     from bge_core.engine.local_model import LocalModel
+    from bge_core.engine.stats import Counters, ModelStats
     from bge_core.errors import ComputationError
     from bge_core.tokenizer import Tokenizer
 
@@ -82,6 +83,15 @@ class TextModel(Protocol):
     @property
     def fingerprint(self) -> tuple[object, ...]:
         """What of it changes the numbers: its weights or its name, limits, number format."""
+        ...
+
+    @property
+    def counters(self) -> Counters:
+        """What counts its work."""
+        ...
+
+    def stats(self) -> ModelStats:
+        """Return what it has done so far."""
         ...
 
     def tokenizer(self) -> Tokenizer:
@@ -170,12 +180,24 @@ class HasModel(ContextManaged):
         """Tokens that are read of a text or pair, special ones included."""
         return self._model.max_length
 
+    def stats(self) -> ModelStats:
+        """Return what this object has done so far, and what waits for its model right now.
+
+        Reading it loads nothing. After `close` it says what was done until then.
+        """
+        return self._model.stats()
+
     def close(self) -> None:
         """Release the model; the weights are freed when nobody else holds them.
 
         Callers that still wait get a `ClosedError`. Closing twice is harmless.
         """
         self._model.close()
+
+    def _begin(self, texts: int) -> None:
+        """Count a call whose arguments are accepted, unless the model is closed."""
+        self._model.check_open()
+        self._model.counters.add_request(texts)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the configuration; a copy's model is another, which can be closed by itself."""

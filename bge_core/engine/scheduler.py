@@ -28,6 +28,7 @@ from bge_core.engine.process import (
     on_fork,
     trim_heap,
 )
+from bge_core.engine.stats import Counters, Waiting
 from bge_core.errors import ComputationError, closed_error, closed_while_waiting_error
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class _Job:
         "_lock",
         "budget",
         "caller",
+        "counters",
         "cursor",
         "future",
         "gone",
@@ -74,6 +76,7 @@ class _Job:
         "order",
         "progress",
         "rows",
+        "waits_since",
     )
 
     def __init__(
@@ -82,6 +85,7 @@ class _Job:
         caller: Hashable,
         budget: int | None,
         progress: Callable[[int], None] | None,
+        counters: Counters | None = None,
     ) -> None:
         # Equal lengths stand side by side, longest first: what may run out of memory does so early.
         self.order = sorted(enumerate(sequences), key=lambda item: -len(item[1]))
@@ -90,12 +94,19 @@ class _Job:
         self.caller = caller
         self.budget = budget
         self.progress = progress
+        self.counters = Counters() if counters is None else counters
+        self.waits_since: float | None = time.perf_counter()
         self.rows: Rows = [None] * len(sequences)
         self.future: Future[Rows] = Future()
         # Nobody waits any more: it was cancelled, or a part of it failed.
         self.gone = False
         self._left = len(sequences)
         self._lock = threading.Lock()
+
+    def waited(self, until: float) -> float:
+        """Return the seconds that it waited for its first pass; 0 for the later ones."""
+        since, self.waits_since = self.waits_since, None
+        return 0.0 if since is None else until - since
 
     def accept(self, indices: Sequence[int], rows: Sequence[Any]) -> None:
         """Accept computed rows; the last ones finish the job."""
@@ -325,6 +336,7 @@ class _Workers:
         pack.sort(key=lambda entry: len(entry[2]))
         lengths = [len(sequence) for _, _, sequence in pack]
         tokens = lengths[-1] * len(pack) if runner.padded else sum(lengths)
+        started = time.perf_counter()
         try:
             rows = runner.run([sequence for _, _, sequence in pack])
         except Exception as exc:
@@ -333,19 +345,27 @@ class _Workers:
             # Its traceback holds every tensor of the failed pass.
             shortage = exc.with_traceback(None)
         else:
-            self._scatter_results(pack, rows)
+            self._scatter_results(pack, rows, started)
             limit.succeed(tokens)
             return
         self._retry_in_smaller_batches(pack, lengths, tokens, runner, limit, shortage)
 
-    def _scatter_results(self, pack: list[_Entry], rows: Iterable[Any]) -> None:
+    def _scatter_results(self, pack: list[_Entry], rows: Iterable[Any], started: float) -> None:
+        computed = time.perf_counter()
         done: dict[int, tuple[_Job, list[int], Rows]] = {}
         for (job, place, _), row in zip(pack, rows, strict=True):
             _, positions, own = done.setdefault(id(job), (job, [], []))
             positions.append(place)
             own.append(row)
+        waits: dict[Counters, float] = {}
+        for job, _, _ in done.values():
+            waits[job.counters] = waits.get(job.counters, 0.0) + job.waited(started)
+        for counters, wait in waits.items():
+            counters.add_pack(computed - started, wait)
         for job, positions, own in done.values():
             job.accept(positions, own)
+        for counters in waits:
+            counters.add_hand_out(time.perf_counter() - computed)
 
     def _retry_in_smaller_batches(
         self,
@@ -379,6 +399,22 @@ class _Workers:
             end = next_batch_end(lengths, start=start, limit=most, padded=runner.padded)
             self._run(pack[start:end], runner, limit)
             start = end
+
+    def count_waiting(self) -> dict[Priority, Waiting]:
+        """Count what no pack has taken yet."""
+        with self.ready:
+            return {
+                priority: Waiting(
+                    callers=len(callers),
+                    sequences=sum(
+                        len(job.order) - job.cursor
+                        for jobs in callers.values()
+                        for job in jobs
+                        if not job.gone
+                    ),
+                )
+                for priority, callers in self.waiting.items()
+            }
 
     def close(self) -> None:
         """Stop the workers after the pack that they are at, and release the weights."""
@@ -451,6 +487,15 @@ class Engine:
         runners = self._workers.runners.get(priority, ())
         return _PACKS_AHEAD * sum(budget or runner.default_budget for runner in runners)
 
+    @property
+    def cache_hits(self) -> int:
+        """How often a pass found an output that an earlier one had left."""
+        return 0 if self.output_cache is None else self.output_cache.hits
+
+    def waiting(self) -> Mapping[Priority, Waiting]:
+        """Count what waits, whoever asked."""
+        return self._workers.count_waiting()
+
     def submit(
         self,
         sequences: Sequence[TokenSequence],
@@ -459,6 +504,7 @@ class Engine:
         caller: Hashable = None,
         budget: int | None = None,
         progress: Callable[[int], None] | None = None,
+        counters: Counters | None = None,
     ) -> Future[Rows]:
         """Queue sequences for computing.
 
@@ -469,6 +515,7 @@ class Engine:
                 for a caller of its own.
             budget: Tokens a pack may have; None for the device's default.
             progress: Called in a worker with the number of sequences done.
+            counters: What counts them, and their packs; None for nothing.
 
         Returns:
             A future of one row a sequence, in order, as the runner gives it. Cancelling it drops
@@ -477,6 +524,7 @@ class Engine:
         Raises:
             ClosedError: The engine was closed.
         """
-        job = _Job(sequences, object() if caller is None else caller, budget, progress)
+        job = _Job(sequences, object() if caller is None else caller, budget, progress, counters)
         self._workers.submit(job, priority)
+        job.counters.add_sequences(len(job.lengths), sum(job.lengths))
         return job.future

@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import re
+import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -21,6 +22,7 @@ from bge_core.checkpoints.source import Source, locate
 from bge_core.embedder import Embedder
 from bge_core.engine.call import Call
 from bge_core.engine.process import hold_interpreter_exit, on_fork
+from bge_core.engine.stats import Counters
 from bge_core.errors import (
     ArgumentError,
     CheckpointError,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from bge_core.checkpoints.catalog import PairPrompt, Profile
     from bge_core.checkpoints.metadata import Checkpoint, Kind
     from bge_core.engine.call import Progress, Steps
+    from bge_core.engine.stats import ModelStats
     from bge_core.prompts import QueryExample
     from bge_core.servers.protocols import ServerProtocol
     from bge_core.tokenizer import Tokenizer
@@ -103,6 +106,7 @@ class ServedModel(Closeable, Generic[Item]):
         "_batch_size",
         "_checkpoint",
         "_tokenizer",
+        "counters",
     }
 
     def __init__(self, options: ServerOptions, *, kind: Kind) -> None:
@@ -125,6 +129,12 @@ class ServedModel(Closeable, Generic[Item]):
         self._batch_size = self._most_items
         self._checkpoint: Checkpoint | None = None
         self._tokenizer: Tokenizer | None = None
+        self.counters = Counters(self._flight_lock)
+
+    def after_fork(self) -> None:
+        """Start over in a forked child."""
+        super().after_fork()
+        self.counters = Counters(self._flight_lock)
 
     @property
     def model(self) -> str:
@@ -246,6 +256,10 @@ class ServedModel(Closeable, Generic[Item]):
             self._checkpoint = found
         return self._checkpoint
 
+    def stats(self) -> ModelStats:
+        """Return what it has asked the server for so far."""
+        return self.counters.stats()
+
     def close(self) -> None:
         """Release the server. Callers that still wait get a `ClosedError`."""
         super().close()
@@ -285,6 +299,7 @@ class ServedModel(Closeable, Generic[Item]):
             items = [f"{before}{item}{after}" for item in items]
         future = self.endpoint.start(self._rows(items, progress))
         self._track(future)
+        self.counters.add_sequences(len(items), 0)
         try:
             call.add_rows((yield future))
         except CancelledError as exc:
@@ -325,12 +340,14 @@ class ServedModel(Closeable, Generic[Item]):
 
         async def request(batch: Sequence[int]) -> None:
             if len(batch) <= self._batch_size:
+                started = time.perf_counter()
                 try:
                     await ask(batch)
                 except StatusError as exc:
                     if not await self._can_ask_for_less(exc, len(batch)):
                         raise
                 else:
+                    self.counters.add_pack(time.perf_counter() - started, 0.0)
                     if progress is not None:
                         progress(len(batch))
                     return
