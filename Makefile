@@ -13,7 +13,7 @@ STAND_IN = --data examples/encyclopaedia --model "$$($(BIN)/python examples/stan
 	--reranker "$$($(BIN)/python examples/stand_in.py reranker)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-server test-lowest test-newest lint format docs bench soak clean
+.PHONY: help demo playground evaluate test test-browser test-notebooks test-server test-lowest test-newest lint format docs bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,11 +21,23 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Ask an encyclopaedia, in LangChain and LlamaIndex (MODELS=bge, ARGS="--question '...'")
 	$(BIN)/python examples/demo.py $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
+playground: $(VENV)/.playground  ## A page to ask, and to see what reranking changes (ARGS="--embedder BAAI/bge-m3")
+	$(BIN)/python examples/playground.py $(ARGS)
+
 evaluate: $(VENV)/.demo $(if $(findstring --tasks,$(ARGS)),$(VENV)/.mteb)  ## How well a model finds (ARGS="--data FOLDER --model ... --reranker ...")
 	$(BIN)/python -m bge_core.evaluate $(or $(ARGS),$(STAND_IN))
 
 test: $(VENV)/.dev  ## Run all tests (ARGS="-k words")
 	$(BIN)/python -m pytest $(ARGS)
+
+test-browser:  ## Try the playground in Chromium, and take its picture for the README
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	{ echo "make test-browser needs Chromium and its driver: sudo apt-get install chromium chromium-driver" >&2; exit 1; }
+	$(MAKE) $(VENV)/.browser
+	$(BIN)/python -m pytest tests/browser $(ARGS)
+
+test-notebooks: $(VENV)/.notebooks  ## Run the notebooks of examples/, and compare with what they show
+	$(BIN)/python -m pytest tests/notebooks $(ARGS)
 
 test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real Infinity server
 	$(BIN)/python -m pytest tests/test_infinity.py $(ARGS)
@@ -60,7 +72,7 @@ soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .venv-docs .venv-infinity .venv-lowest .venv-newest site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
-$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb $(VENV)/.playground $(VENV)/.browser $(VENV)/.notebooks: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'

@@ -6,15 +6,18 @@ The encyclopaedia's questions and those about Python come with the documents tha
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import platform
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 SUFFIXES = (".md", ".txt", ".rst")
+DROPPED = (*SUFFIXES, ".html", ".htm", ".pdf")
 ENCYCLOPAEDIA = Path(__file__).with_name("encyclopaedia")
 
 
@@ -86,6 +89,111 @@ def folder(path: Path) -> Corpus:
         msg = f"{path} has no {', '.join(SUFFIXES)} files with text in them."
         raise SystemExit(msg)
     return Corpus(str(path), texts)
+
+
+def read_file(name: str, content: bytes) -> Text:
+    """Give the text of a file of one of the kinds in DROPPED.
+
+    Args:
+        name: The file's name, with its ending.
+        content: All of it.
+
+    Raises:
+        ValueError: It has no text that can be read; the message is a sentence that says why.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix not in DROPPED:
+        msg = f"{name} is none of the kinds that are read here: {', '.join(DROPPED)}."
+        raise ValueError(msg)
+    text = _pdf_text(name, content) if suffix == ".pdf" else _decoded(name, content)
+    if suffix in (".html", ".htm"):
+        text = _html_text(text)
+    if not text.strip():
+        hint = " If it was scanned, run it through a text recognition first." * (suffix == ".pdf")
+        msg = f"{name} has no text in it.{hint}"
+        raise ValueError(msg)
+    return Text(name, text.strip())
+
+
+def _decoded(name: str, content: bytes) -> str:
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    for encoding in ["utf-16"] if wide else ["utf-8-sig", "cp1252"]:
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text):
+            return text
+    msg = f"{name} is no text file: it has bytes in it that no text has. Save it as UTF-8 text."
+    raise ValueError(msg)
+
+
+def _pdf_text(name: str, content: bytes) -> str:
+    try:
+        from pypdf import PdfReader
+    except ImportError as exc:
+        msg = f"{name} can't be read without pypdf: run pip install pypdf."
+        raise ValueError(msg) from exc
+    try:
+        pages = [page.extract_text() for page in PdfReader(io.BytesIO(content)).pages]
+    except Exception as exc:
+        # A damaged file makes pypdf raise almost anything.
+        msg = f"{name} can't be read as a PDF: it is damaged, or it needs a password."
+        raise ValueError(msg) from exc
+    return "\n\n".join(pages)
+
+
+class _Reader(HTMLParser):
+    """Collects the text that a browser would show."""
+
+    hidden = ("script", "style", "template", "noscript", "svg")
+    inline = frozenset(
+        [
+            "a",
+            "abbr",
+            "b",
+            "code",
+            "em",
+            "i",
+            "mark",
+            "q",
+            "small",
+            "span",
+            "strong",
+            "sub",
+            "sup",
+            "u",
+        ]
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self._depth = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
+        self._depth += tag in self.hidden
+        self._break(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._depth = max(self._depth - (tag in self.hidden), 0)
+        self._break(tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self._depth:
+            self.parts.append(re.sub(r"\s+", " ", data))
+
+    def _break(self, tag: str) -> None:
+        if tag not in self.inline:
+            self.parts.append("\n")
+
+
+def _html_text(markup: str) -> str:
+    reader = _Reader()
+    reader.feed(markup)
+    reader.close()
+    lines = (line.strip() for line in "".join(reader.parts).splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def near_duplicates(texts: Sequence[str], *, share: float = 0.7, run: int = 3) -> list[int]:

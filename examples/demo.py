@@ -32,6 +32,7 @@ from page import side_by_side
 from qdrant_client import QdrantClient
 from quality import encyclopaedia_questions, measure, read_questions
 from rich.console import Console
+from tqdm import tqdm
 
 from bge_core import CheckpointError, Embedder, Reranker
 from bge_core.beir import Questions
@@ -95,6 +96,8 @@ def main() -> None:
                 reranker=models.reranker,
                 instruction=models.instruction,
             )
+        _index(host)
+        with console.status(f"{name}: loading"):
             host.rerank("warm up", host.search("warm up", 1))  # what is shown is the steady time
         console.print(f"{host.name} is ready after {time.perf_counter() - started:.0f} s.")
         hosts.append(host)
@@ -191,6 +194,18 @@ def _fetch(embedder: str, reranker: str, console: Console) -> str:
     except CheckpointError as exc:
         return str(exc).partition(". ")[0] + "."
     return ""
+
+
+def _index(host: Host) -> None:
+    """Store what isn't yet, behind a progress bar where that is something."""
+    steps = host.index()
+    stored = next(steps)
+    if stored == host.total:
+        return
+    described = f"{host.name}: indexing"
+    with tqdm(total=host.total, initial=stored, desc=described, unit="passage") as bar:
+        for stored in steps:
+            bar.update(stored - bar.n)
 
 
 def _ask(host: Host, question: str, console: Console) -> None:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from corpora import Corpus, near_duplicates
 from qdrant_client import QdrantClient
-from tqdm import tqdm
 
-# About 600 characters: a passage that a table can show and that most encoders read whole.
-CHUNK_CHARACTERS = 600
-CHUNK_TOKENS = 150
 BATCH = 256
+
+
+@dataclass(frozen=True)
+class Passages:
+    """How documents are cut into passages, and how long ones are read.
+
+    Attributes:
+        characters: A passage's length at most, where characters are counted. About 600 are a
+            passage that a table can show and that most encoders read whole.
+        tokens: The same where tokens are counted.
+        window: Tokens of a question and a piece of a passage that the reranker reads at a time;
+            None for as much as it can, and the beginning of a passage alone.
+    """
+
+    characters: int = 600
+    tokens: int = 150
+    window: int | None = None
+
+    @property
+    def long_passages(self) -> Literal["truncate", "window"]:
+        """What happens with a passage that doesn't fit."""
+        return "truncate" if self.window is None else "window"
 
 
 @dataclass(frozen=True)
@@ -22,11 +41,13 @@ class Hit:
 
     Attributes:
         place: Its rank by the embedder, from 1.
-        similarity: The embedder's cosine.
+        similarity: The embedder's cosine; after a hybrid search the fused score.
         name: The document that it is from.
         text: The passage.
         also: Further documents in which it stands, nearly word for word.
         relevance: The reranker's score, from 0 to 1; None before reranking.
+        span: The characters [start, end) of the text that the reranker's score is of; None for
+            all that it read.
     """
 
     place: int
@@ -35,6 +56,7 @@ class Hit:
     text: str
     also: tuple[str, ...] = ()
     relevance: float | None = None
+    span: tuple[int, int] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,13 +88,41 @@ class Host(Protocol):
     Attributes:
         name: The framework's.
         fingerprint: Changes with the embedder's and the reranker's numbers.
+        total: How many passages the corpus has.
     """
 
     name: str
     fingerprint: str
+    total: int
 
-    def search(self, question: str, first: int) -> list[Hit]:
-        """Find passages, best first, by the embedder."""
+    def index(self, batch: int = BATCH) -> Iterator[int]:
+        """Store the passages that aren't yet, and say first and after each batch how many are."""
+        ...
+
+    def instructed(self, instruction: str | None) -> Host:
+        """Give the same index, with another instruction in front of questions."""
+        ...
+
+    def embed(self, question: str) -> list[float]:
+        """Give a question's vector."""
+        ...
+
+    def search(
+        self,
+        question: str,
+        first: int,
+        *,
+        vector: list[float] | None = None,
+        hybrid: bool = False,
+    ) -> list[Hit]:
+        """Find passages, best first, by the embedder.
+
+        Args:
+            question: What is asked.
+            first: How many passages.
+            vector: The question's, where it has been computed.
+            hybrid: Whether to search by bge-m3's token weights, too.
+        """
         ...
 
     def rerank(self, question: str, hits: Sequence[Hit]) -> list[Hit]:
@@ -81,7 +131,17 @@ class Host(Protocol):
 
 
 class LangChainHost:
-    """LangChain: BGEEmbeddings in a QdrantVectorStore, then BGEReranker."""
+    """LangChain: BGEEmbeddings in a QdrantVectorStore, then BGEReranker.
+
+    Args:
+        corpus: What to search.
+        client: Where passages are stored.
+        embedder: A hub id or folder.
+        reranker: A hub id or folder.
+        instruction: Put in front of questions; None for the checkpoint's own.
+        sparse: Whether to store bge-m3's token weights, for a hybrid search.
+        passages: How documents are cut and read.
+    """
 
     name = "LangChain"
 
@@ -93,38 +153,79 @@ class LangChainHost:
         embedder: str,
         reranker: str,
         instruction: str | None,
+        sparse: bool = False,
+        passages: Passages | None = None,
     ) -> None:
         from langchain_core.documents import Document
-        from langchain_qdrant import QdrantVectorStore
         from langchain_text_splitters import RecursiveCharacterTextSplitter
-        from qdrant_client.models import Distance, VectorParams
 
-        from langchain_bge import BGEEmbeddings, BGEReranker
+        from langchain_bge import BGEReranker
 
-        embeddings = BGEEmbeddings(model=embedder, query_instruction=instruction)
-        self._reranker = BGEReranker(model=reranker, top_n=None)
-        self.fingerprint = f"{embeddings.fingerprint}-{self._reranker.fingerprint}"
-        splitter = RecursiveCharacterTextSplitter(chunk_size=CHUNK_CHARACTERS, chunk_overlap=60)
-        chunks = splitter.split_documents(
+        self._client, self._embedder, self._sparse = client, embedder, sparse
+        self._passages = passages or Passages()
+        self._reranker = BGEReranker(
+            model=reranker,
+            top_n=None,
+            max_length=self._passages.window,
+            long_passages=self._passages.long_passages,
+        )
+        self._embeddings = self._embeddings_with(instruction)
+        self.fingerprint = f"{self._embeddings.fingerprint}-{self._reranker.fingerprint}"
+        splitter = RecursiveCharacterTextSplitter(
+            chunk_size=self._passages.characters, chunk_overlap=self._passages.characters // 10
+        )
+        self._chunks = splitter.split_documents(
             [Document(text.text, metadata={"name": text.name}) for text in corpus.texts]
         )
-        collection = f"langchain-{corpus.key()}-{embeddings.fingerprint}"
-        stored = _stored(client, collection)
-        if stored != len(chunks):
-            client.delete_collection(collection)
-            size = VectorParams(size=embeddings.dimension, distance=Distance.COSINE)
-            client.create_collection(collection, vectors_config=size)
-        self._store = QdrantVectorStore(client, collection, embeddings)
-        if stored != len(chunks):
-            with tqdm(total=len(chunks), desc="LangChain: indexing", unit="passage") as bar:
-                for start in range(0, len(chunks), BATCH):
-                    part = chunks[start : start + BATCH]
-                    self._store.add_documents(part, batch_size=BATCH)
-                    bar.update(len(part))
+        self.total = len(self._chunks)
+        # An instruction changes no passage's vector, and so has no part in the name.
+        plain = self._embeddings_with("").fingerprint
+        parts = ("langchain", corpus.key(), plain, self._passages.characters)
+        self._collection = "-".join([*map(str, parts), *(["sparse"] if sparse else [])])
 
-    def search(self, question: str, first: int) -> list[Hit]:
-        """Find passages, best first, by the embedder."""
-        found = self._store.similarity_search_with_score(question, k=first)
+    def index(self, batch: int = BATCH) -> Iterator[int]:
+        """Store the passages that aren't yet, and say first and after each batch how many are."""
+        from qdrant_client.models import Distance, SparseVectorParams, VectorParams
+
+        stored = _stored(self._client, self._collection, self.total)
+        if not self._client.collection_exists(self._collection):
+            size = VectorParams(size=self._embeddings.dimension, distance=Distance.COSINE)
+            weights = {"langchain-sparse": SparseVectorParams()} if self._sparse else None
+            self._client.create_collection(
+                self._collection, vectors_config=size, sparse_vectors_config=weights
+            )
+        yield stored
+        store = self._store(hybrid=self._sparse)
+        for start in range(stored, self.total, batch):
+            part = self._chunks[start : start + batch]
+            store.add_documents(part, batch_size=batch)
+            yield start + len(part)
+
+    def instructed(self, instruction: str | None) -> LangChainHost:
+        """Give the same index, with another instruction in front of questions."""
+        twin = copy.copy(self)
+        twin._embeddings = self._embeddings_with(instruction)
+        return twin
+
+    def embed(self, question: str) -> list[float]:
+        """Give a question's vector."""
+        vector: list[float] = self._embeddings.embed_query(question)
+        return vector
+
+    def search(
+        self,
+        question: str,
+        first: int,
+        *,
+        vector: list[float] | None = None,
+        hybrid: bool = False,
+    ) -> list[Hit]:
+        """Find passages, best first, by the embedder; the arguments are those of `Host`."""
+        store = self._store(hybrid=hybrid)
+        if vector is None or hybrid:
+            found = store.similarity_search_with_score(question, k=first)
+        else:
+            found = store.similarity_search_with_score_by_vector(vector, k=first)
         return [
             Hit(place, score, document.metadata["name"], document.page_content)
             for place, (document, score) in enumerate(found, start=1)
@@ -136,13 +237,51 @@ class LangChainHost:
 
         documents = [Document(hit.text, metadata={"place": hit.place}) for hit in hits]
         return [
-            _scored(hits, document.metadata["place"], document.metadata["relevance_score"])
+            _scored(
+                hits[document.metadata["place"] - 1],
+                document.metadata["relevance_score"],
+                document.metadata,
+            )
             for document in self._reranker.compress_documents(documents, question)
         ]
 
+    def _embeddings_with(self, instruction: str | None) -> Any:
+        from langchain_bge import BGEEmbeddings
+
+        return BGEEmbeddings(
+            model=self._embedder,
+            query_instruction=instruction,
+            long_passages=self._passages.long_passages,
+        )
+
+    def _store(self, *, hybrid: bool) -> Any:
+        from langchain_qdrant import QdrantVectorStore, RetrievalMode
+
+        if not hybrid:
+            return QdrantVectorStore(self._client, self._collection, self._embeddings)
+        from langchain_bge import BGESparseEmbeddings
+
+        return QdrantVectorStore(
+            self._client,
+            self._collection,
+            self._embeddings,
+            sparse_embedding=BGESparseEmbeddings(model=self._embedder),
+            retrieval_mode=RetrievalMode.HYBRID,
+        )
+
 
 class LlamaIndexHost:
-    """LlamaIndex: BGEEmbedding in a VectorStoreIndex over Qdrant, then BGEReranker."""
+    """LlamaIndex: BGEEmbedding in a VectorStoreIndex over Qdrant, then BGEReranker.
+
+    Args:
+        corpus: What to search.
+        client: Where passages are stored.
+        embedder: A hub id or folder.
+        reranker: A hub id or folder.
+        instruction: Put in front of questions; None for the checkpoint's own.
+        sparse: Whether to store bge-m3's token weights, for a hybrid search.
+        passages: How documents are cut and read.
+    """
 
     name = "LlamaIndex"
 
@@ -154,18 +293,28 @@ class LlamaIndexHost:
         embedder: str,
         reranker: str,
         instruction: str | None,
+        sparse: bool = False,
+        passages: Passages | None = None,
     ) -> None:
-        from llama_index.core import Document, StorageContext, VectorStoreIndex
+        from llama_index.core import Document
         from llama_index.core.node_parser import SentenceSplitter
-        from llama_index.vector_stores.qdrant import QdrantVectorStore
 
-        from llamaindex_bge import BGEEmbedding, BGEReranker
+        from llamaindex_bge import BGEReranker
 
-        embed_model = BGEEmbedding(model_name=embedder, query_instruction=instruction)
-        self._reranker = BGEReranker(model=reranker, top_n=None)
-        self.fingerprint = f"{embed_model.fingerprint}-{self._reranker.fingerprint}"
-        splitter = SentenceSplitter(chunk_size=CHUNK_TOKENS, chunk_overlap=15)
-        nodes = splitter.get_nodes_from_documents(
+        self._client, self._embedder, self._sparse = client, embedder, sparse
+        self._passages = passages or Passages()
+        self._reranker = BGEReranker(
+            model=reranker,
+            top_n=None,
+            max_length=self._passages.window,
+            long_passages=self._passages.long_passages,
+        )
+        self._embed_model = self._embed_model_with(instruction)
+        self.fingerprint = f"{self._embed_model.fingerprint}-{self._reranker.fingerprint}"
+        splitter = SentenceSplitter(
+            chunk_size=self._passages.tokens, chunk_overlap=self._passages.tokens // 10
+        )
+        self._nodes = splitter.get_nodes_from_documents(
             [
                 # The reference's topics have short names; the vector is of the passage alone.
                 Document(
@@ -176,26 +325,50 @@ class LlamaIndexHost:
                 for text in corpus.texts
             ]
         )
-        collection = f"llamaindex-{corpus.key()}-{embed_model.fingerprint}"
-        stored = _stored(client, collection)
-        if stored not in (0, len(nodes)):
-            client.delete_collection(collection)
-        store = QdrantVectorStore(collection, client=client)
-        if stored == len(nodes):
-            index = VectorStoreIndex.from_vector_store(store, embed_model=embed_model)
-        else:
-            index = VectorStoreIndex(
-                nodes,
-                storage_context=StorageContext.from_defaults(vector_store=store),
-                embed_model=embed_model,
-                insert_batch_size=BATCH,
-                show_progress=True,
-            )
-        self._index = index
+        self.total = len(self._nodes)
+        # An instruction changes no passage's vector, and so has no part in the name.
+        plain = self._embed_model_with("").fingerprint
+        parts = ("llamaindex", corpus.key(), plain, self._passages.tokens)
+        self._collection = "-".join([*map(str, parts), *(["sparse"] if sparse else [])])
 
-    def search(self, question: str, first: int) -> list[Hit]:
-        """Find passages, best first, by the embedder."""
-        found = self._index.as_retriever(similarity_top_k=first).retrieve(question)
+    def index(self, batch: int = BATCH) -> Iterator[int]:
+        """Store the passages that aren't yet, and say first and after each batch how many are."""
+        stored = _stored(self._client, self._collection, self.total)
+        yield stored
+        index = self._index()
+        for start in range(stored, self.total, batch):
+            part = self._nodes[start : start + batch]
+            index.insert_nodes(part)
+            yield start + len(part)
+
+    def instructed(self, instruction: str | None) -> LlamaIndexHost:
+        """Give the same index, with another instruction in front of questions."""
+        twin = copy.copy(self)
+        twin._embed_model = self._embed_model_with(instruction)
+        return twin
+
+    def embed(self, question: str) -> list[float]:
+        """Give a question's vector."""
+        vector: list[float] = self._embed_model.get_query_embedding(question)
+        return vector
+
+    def search(
+        self,
+        question: str,
+        first: int,
+        *,
+        vector: list[float] | None = None,
+        hybrid: bool = False,
+    ) -> list[Hit]:
+        """Find passages, best first, by the embedder; the arguments are those of `Host`."""
+        from llama_index.core.schema import QueryBundle
+
+        retriever = self._index().as_retriever(
+            vector_store_query_mode="hybrid" if hybrid else "default",
+            similarity_top_k=first,
+            sparse_top_k=first,
+        )
+        found = retriever.retrieve(QueryBundle(question, embedding=vector))
         return [
             Hit(place, float(node.score or 0.0), node.metadata["name"], node.text)
             for place, node in enumerate(found, start=1)
@@ -207,9 +380,35 @@ class LlamaIndexHost:
 
         nodes = [NodeWithScore(node=TextNode(text=hit.text, id_=str(hit.place))) for hit in hits]
         return [
-            _scored(hits, int(node.node_id), node.score)
+            _scored(hits[int(node.node_id) - 1], node.score, node.metadata)
             for node in self._reranker.postprocess_nodes(nodes, query_str=question)
         ]
+
+    def _embed_model_with(self, instruction: str | None) -> Any:
+        from llamaindex_bge import BGEEmbedding
+
+        return BGEEmbedding(
+            model_name=self._embedder,
+            query_instruction=instruction,
+            long_passages=self._passages.long_passages,
+        )
+
+    def _index(self) -> Any:
+        from llama_index.core import VectorStoreIndex
+        from llama_index.vector_stores.qdrant import QdrantVectorStore
+
+        hooks: dict[str, Any] = {}
+        if self._sparse:
+            from llamaindex_bge import BGESparseEmbedding
+
+            sparse = BGESparseEmbedding(model_name=self._embedder)
+            hooks = {
+                "enable_hybrid": True,
+                "sparse_doc_fn": sparse.sparse_doc_fn,
+                "sparse_query_fn": sparse.sparse_query_fn,
+            }
+        store = QdrantVectorStore(self._collection, client=self._client, **hooks)
+        return VectorStoreIndex.from_vector_store(store, embed_model=self._embed_model)
 
 
 HOSTS: dict[str, type[LangChainHost | LlamaIndexHost]] = {
@@ -218,11 +417,19 @@ HOSTS: dict[str, type[LangChainHost | LlamaIndexHost]] = {
 }
 
 
-def _stored(client: QdrantClient, collection: str) -> int:
+def _stored(client: QdrantClient, collection: str, total: int) -> int:
+    """Count the passages that an earlier run stored, which it did in order."""
     if not client.collection_exists(collection):
         return 0
-    return client.count(collection).count
+    stored = client.count(collection).count
+    if stored <= total:
+        return stored
+    client.delete_collection(collection)
+    return 0
 
 
-def _scored(hits: Sequence[Hit], place: int, relevance: float | None) -> Hit:
-    return replace(hits[place - 1], relevance=relevance)
+def _scored(hit: Hit, relevance: float | None, metadata: Mapping[str, Any]) -> Hit:
+    span = None
+    if "relevance_start" in metadata:
+        span = metadata["relevance_start"], metadata["relevance_end"]
+    return replace(hit, relevance=relevance, span=span)
