@@ -48,12 +48,15 @@ test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="
 test-newest:  ## Run all tests on what pip resolves today, without constraints (ARGS="-k words")
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
-lint: $(VENV)/.dev  ## Check style, imports, types and spelling
+lint: $(VENV)/.dev  ## Check style, imports, types (those of the pages' examples, too) and spelling
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/typos
 	$(BIN)/mypy
+	$(BIN)/python docs/code_blocks.py build/code_blocks
+	$(BIN)/mypy build/code_blocks
+	$(BIN)/basedpyright --project docs/pyrightconfig.json --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev  ## Mend style where a tool can, and draw docs/imports.svg anew
 	$(BIN)/ruff check --fix $(CODE)
@@ -63,7 +66,7 @@ format: $(VENV)/.dev  ## Mend style where a tool can, and draw docs/imports.svg 
 docs: .venv-docs/.made  ## Build the documentation with the API reference, in site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
 
-bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for the README)
+bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for docs/speed.md)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up 1" for a short look)

@@ -39,12 +39,24 @@ except ImportError as exc:
         exc, "bge_core.mteb", packages=("mteb",), install="'bge-adapters[mteb]'"
     ) from exc
 
+if TYPE_CHECKING:
+    # mteb's protocols ask for the constructor of its command line, which it never calls with an
+    # object at hand: type checkers would refuse these classes if they didn't name them.
+    from mteb.models import CrossEncoderProtocol, EncoderProtocol
+
+    class _Encoder(AbsEncoder, EncoderProtocol):
+        mteb_model_meta: ModelMeta
+
+    class _CrossEncoder(CrossEncoderProtocol):
+        mteb_model_meta: ModelMeta
+else:
+    _Encoder, _CrossEncoder = AbsEncoder, object
 
 # Enough for full packs on a GPU; a reranking task has millions of pairs.
 _PAIRS = 8192
 
 
-class MTEBEncoder(AbsEncoder):
+class MTEBEncoder(_Encoder):
     """An `Embedder` as mteb's encoder.
 
     What mteb calls a query goes through `embed_queries`, with the instruction; documents, and
@@ -123,7 +135,7 @@ class MTEBEncoder(AbsEncoder):
         return self.model.embed_documents(texts, show_progress=show_progress)
 
 
-class MTEBCrossEncoder:
+class MTEBCrossEncoder(_CrossEncoder):
     """A reranker as mteb's cross-encoder, for tasks that have candidates to rerank.
 
     A retrieval task gets them from an encoder's predictions: evaluate that one with

@@ -12,13 +12,14 @@ import re
 import runpy
 import shlex
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bge_core import doctor
+from bge_core import doctor, supported_models
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -44,16 +45,13 @@ MODULES = (
 )
 
 
-def examples() -> list[object]:
-    found: list[object] = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            if page == README and "bge_core.ray" in match.group(1):
-                continue  # a cluster opens sockets: test_ray.py runs it in a process of its own
-            line = text[: match.start()].count("\n") + 2
-            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
-    return found
+BLOCKS = runpy.run_path(str(ROOT / "docs" / "code_blocks.py"))["blocks"]()
+EXAMPLES = [
+    pytest.param(block, id=f"{block.page.name}:{block.line}")
+    for block in BLOCKS
+    # A cluster opens sockets: test_ray.py runs it in a process of its own.
+    if not (block.page.name == "scale.md" and "bge_core.ray" in block.code)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +74,45 @@ def hub(
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, stand_in_folder: Path) -> dict[str, Path]:
+    """Real, small models for the examples whose output depends on what a model knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        made = runpy.run_path(str(ROOT / "examples" / "stand_in.py"))
+        return {
+            "bge-small-en-v1.5": stand_in_folder,
+            "bge-reranker-base": made["reranker_folder"](),
+        }
+
+
 @pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
-@pytest.mark.parametrize("code", examples())
-def test_an_example_of_the_pages_runs(
-    code: str, retrieval_task: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_an_example_of_the_pages_runs_and_prints_what_stands_below_it(
+    block: Any,
+    retrieval_task: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    if "import mteb\n" in code:  # its tasks are on the hub
+    if "import mteb\n" in block.code:  # its tasks are on the hub
         monkeypatch.setattr("mteb.get_tasks", lambda tasks: [retrieval_task(*tasks)])
-    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+    if block.printed:
+        for name, folder in request.getfixturevalue("stand_ins").items():
+            snapshot = Path("hub", f"models--BAAI--{name}", "snapshots", "0123456789abcdef")
+            shutil.rmtree(snapshot)
+            shutil.copytree(folder, snapshot)
+    exec(compile(block.code, "example", "exec"), {"__name__": "__main__"})
+    if block.printed:
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert printed == block.printed.splitlines()
+
+
+def test_the_readme_shows_what_its_examples_print() -> None:
+    shown: list[Any] = [one.values[0] for one in EXAMPLES]
+    shown = [block for block in shown if block.page == README]
+    assert len(shown) >= 3
+    assert all(block.printed for block in shown)
 
 
 def test_the_readme_s_commands_for_a_report_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +149,43 @@ def test_the_api_reference_has_every_public_name(package: str) -> None:
     # A module there, such as `testing`, is shown with all that is in it.
     named = [name for name in named if not (ROOT / package / f"{name}.py").exists()]
     assert sorted(named) == sorted(importlib.import_module(package).__all__)
+
+
+def test_every_link_of_the_readme_is_absolute_on_pypi() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    hook = settings["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = here = README.read_text(encoding="utf-8")
+    for change in hook["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    address = "https://github.com/bge-adapters/bge-adapters/blob/v$HFPR_VERSION/"
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(links) > 10
+    for picture, target in links:
+        if not target.startswith(address):
+            assert target.startswith("https://"), target
+        else:
+            assert target.endswith("?raw=true") == bool(picture), target
+    code = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+    assert code.findall(text) == code.findall(here)
+
+
+def test_the_page_of_models_is_what_the_catalogue_says() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:bge|llm)-.*) \|$", page, re.MULTILINE)
+    shown = {name: facts for name, *facts in (row.split(" | ") for row in rows)}
+    known = {
+        row.id.removeprefix("BAAI/"): [
+            row.kind,
+            str(row.dimension or ""),
+            f"{row.max_length:,}",
+            ", ".join(row.languages),
+            row.licence,
+        ]
+        for row in supported_models()
+    }
+    sizes = [facts.pop(1) for facts in shown.values()]
+    assert shown == known
+    assert all(re.fullmatch(r"\d+(\.\d)?[MB]", size) for size in sizes)
 
 
 def messages() -> list[str]:

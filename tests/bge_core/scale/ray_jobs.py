@@ -58,10 +58,10 @@ def a_wrong_column_is_refused_before_anything_runs(model):
     Path("refused.json").write_text(json.dumps(said))
 
 
-def readme():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def guide():
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n([^`]*bge_core\.ray.*?)^```", text, re.DOTALL | re.MULTILINE)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "scale.md", "exec"), {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
@@ -69,6 +69,6 @@ if __name__ == "__main__":
     try:
         one_of_two_actors_dies(*sys.argv[1:3])
         a_wrong_column_is_refused_before_anything_runs(sys.argv[1])
-        readme()
+        guide()
     finally:
         ray.shutdown()
