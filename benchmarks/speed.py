@@ -539,9 +539,7 @@ def main() -> None:
     parser.add_argument("--only", default="abcdefg", help="letters of the parts to run")
     parser.add_argument("--shapes", default="stand-in,small,base")
     parser.add_argument("--json", type=Path, default=HERE / "speed.json")
-    parser.add_argument(
-        "--write", action="store_true", help="update docs/speed.md and its chart"
-    )
+    parser.add_argument("--write", action="store_true", help="update docs/speed.md and its chart")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     for name in ("bge_core", "sentence_transformers", "transformers"):
