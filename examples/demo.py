@@ -53,6 +53,8 @@ QUESTIONS = {
 }
 # What `--models bge` takes from the hub, and how much of it.
 BGE = {"BAAI/bge-small-en-v1.5": "135 MB", "BAAI/bge-reranker-base": "1.1 GB"}
+# The figures of the stand-ins on the encyclopaedia; `--measure` writes them into the cache folder.
+MEASURED = corpora.ENCYCLOPAEDIA / "measured.json"
 CHARACTERS_A_SECOND = 10_000  # what the stand-in embeds on two CPU cores
 
 
@@ -83,8 +85,10 @@ def main() -> None:
     names = list(HOSTS) if options.host == "both" else [options.host]
     measured = options.docs in QUESTIONS and not options.question
     console.print(f"Searching [bold]{corpus.title}[/bold]: {len(corpus.texts)} documents.")
-    console.print(_expected(corpus, len(names), measured=measured))
     models = _models(options, console)
+    key = _key(corpus, models)
+    measuring = measured and (options.measure or key not in _known())
+    console.print(_expected(corpus, len(names), measuring=measuring))
     client = _client(options.store)
     hosts: list[Host] = []
     for name in names:
@@ -105,11 +109,15 @@ def main() -> None:
         for host in hosts:
             _ask(host, question, console)
     if measured:
-        key = f"{corpus.key()}-{hosts[0].name}-{hosts[0].fingerprint}"
+        key = key or f"{corpus.key()}-{hosts[0].name}-{hosts[0].fingerprint}"
+        again = options.measure
         instructed = Embedder(models.embedder, query_instruction=models.instruction)
         asked = encyclopaedia_questions() if options.docs == ENCYCLOPAEDIA else read_questions()
-        rows = _measured(hosts[0], asked, key, corpus.title, instructed.query_instruction)
-        console.print(table(rows))
+        instruction = instructed.query_instruction
+        rows = _measured(hosts[0], asked, key, corpus.title, instruction, again=again)
+        console.print(
+            table(rows, None if measuring else "measured before; --measure does it again")
+        )
     console.print(f"Done in {time.perf_counter() - started:.0f} seconds.")
     client.close()
 
@@ -133,6 +141,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--embedder", help="a hub id or folder, in place of that of --models")
     parser.add_argument("--reranker", help="a hub id or folder, in place of that of --models")
     parser.add_argument("--host", choices=[*HOSTS, "both"], default="both")
+    parser.add_argument("--measure", action="store_true", help="measure, even if it is known")
     parser.add_argument("--question", action="append", help="your question; may be repeated")
     parser.add_argument(
         "--store",
@@ -148,10 +157,10 @@ def _corpus(docs: str) -> corpora.Corpus:
     return corpora.python_reference() if docs == PYTHON else corpora.folder(Path(docs))
 
 
-def _expected(corpus: corpora.Corpus, hosts: int, *, measured: bool) -> str:
+def _expected(corpus: corpora.Corpus, hosts: int, *, measuring: bool) -> str:
     """Say how long it takes, on two CPU cores and with the stand-in."""
     characters = hosts * sum(len(text.text) for text in corpus.texts)
-    seconds = 10 + characters / CHARACTERS_A_SECOND + (70 if measured else 0)
+    seconds = 10 + characters / CHARACTERS_A_SECOND + (70 if measuring else 0)
     return (
         f"The first time it takes about {10 * round(seconds / 10)} seconds with the stand-in, to "
         "embed them all; after that about 10. Larger models take longer."
@@ -243,14 +252,47 @@ def _client(store: str) -> QdrantClient:
     return QdrantClient(url=store) if "://" in store else QdrantClient(path=store)
 
 
-def _measured(host: Host, asked: Questions, key: str, title: str, instruction: str) -> list[Row]:
-    """Measure on the corpus's questions, or recall what an earlier run measured."""
-    file = stand_in.cache_folder() / "quality.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    if key not in known:
+def _key(corpus: corpora.Corpus, models: Models) -> str:
+    """Name what the stand-ins are measured on; empty for other models, whose fingerprint it takes.
+
+    The merged reranker's own fingerprint may differ in the last digit from processor to processor.
+    """
+    reranker = stand_in.reranker_folder()
+    if (models.embedder, models.reranker) != (str(stand_in.embedder_folder()), str(reranker)):
+        return ""
+    return f"{corpus.key()}-{reranker.name}"
+
+
+def _known() -> dict[str, Any]:
+    """Give what was measured before: the shipped figures, and those of earlier runs."""
+    files = (MEASURED, _figures())
+    return {
+        key: rows
+        for file in files
+        if file.exists()
+        for key, rows in json.loads(file.read_text()).items()
+    }
+
+
+def _figures() -> Path:
+    return stand_in.cache_folder() / "quality.json"
+
+
+def _measured(
+    host: Host,
+    asked: Questions,
+    key: str,
+    title: str,
+    instruction: str,
+    *,
+    again: bool = False,
+) -> list[Row]:
+    """Measure on the corpus's questions, or recall what was measured before."""
+    known = _known()
+    if again or key not in known:
         rows = measure(asked, host, data=title, instruction=instruction)
         known[key] = [asdict(row) for row in rows]
-        file.write_text(json.dumps(known))
+        _figures().write_text(json.dumps(known))
     return [Row(**row) for row in known[key]]
 
 

@@ -187,6 +187,20 @@ def test_the_demo_measures_a_configuration_once():
     assert host.searches == 124
 
 
+def test_the_figures_that_the_demo_ships_are_of_its_corpus_and_reranker():
+    import demo
+    import stand_in
+    from corpora import encyclopaedia
+
+    models = demo.Models(str(stand_in.embedder_folder()), str(stand_in.reranker_folder()), "")
+    rows = demo._known().get(demo._key(encyclopaedia(), models))
+    assert rows, "run make demo ARGS=--measure, and copy its row of quality.json to measured.json"
+    assert [(row["questions"], row["reranked"]) for row in rows] == [(330, 0), (330, 20)]
+    page = (EXAMPLES.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert " | ".join(f"{figure:.1f}" for figure in row["figures"].values()) in page
+
+
 def test_a_document_ranks_where_its_best_passage_does():
     from hosts import Hit
     from quality import measure
