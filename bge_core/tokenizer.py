@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,12 +38,13 @@ _FEW_TEXTS = 32
 _FEW_CHARACTERS = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenSequence:
     """One sequence, ready for the model.
 
     Attributes:
-        ids: Token ids with special tokens, cut to `max_length`.
+        id_array: Token ids with special tokens, cut to `max_length`, [tokens] int32; a list becomes
+            an array.
         second_segment_start: Index at which the second segment of a pair begins (token type 1);
             `len(ids)` for a single text and for models without token types.
         requested_outputs: The outputs of bge-m3 that make its row; None for the plain vector or
@@ -52,24 +53,28 @@ class TokenSequence:
             there; False for what nobody else asks for, such as a part of a text.
         prompt_length: Tokens at the beginning, the first special ones and a prompt's, that the
             pooling of some checkpoints leaves out; 0 for none.
-        id_array: `ids` as an array, [tokens] int32: made where texts are tokenised, so that no
-            device waits for it.
     """
 
-    ids: list[int]
+    id_array: NDArray[np.int32]
     second_segment_start: int
     requested_outputs: frozenset[Output] | None = None
     shares_outputs: bool = True
     prompt_length: int = 0
-    id_array: NDArray[np.int32] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Make the array."""
-        object.__setattr__(self, "id_array", np.array(self.ids, dtype=np.int32))
+        """Make an array of a list."""
+        if not isinstance(self.id_array, np.ndarray):
+            object.__setattr__(self, "id_array", np.array(self.id_array, dtype=np.int32))
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids as a list."""
+        ids: list[int] = self.id_array.tolist()
+        return ids
 
     def __len__(self) -> int:
         """Count the tokens, special ones included."""
-        return len(self.ids)
+        return len(self.id_array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +228,7 @@ class Tokenizer:
             text = self._backend.decode(self._cut(ids, room), skip_special_tokens=False)
             kept.append(f"{before}{text}{after}")
         wholes = ([*self._prefix, *ids, *self._suffix] for ids in self._ids(kept))
-        return [TokenSequence(whole, len(whole)) for whole in wholes], truncated
+        return [_sequence(whole, len(whole)) for whole in wholes], truncated
 
     def text_layout(self, max_length: int) -> SequenceLayout:
         """Return what stands around a single text."""
@@ -304,7 +309,7 @@ class Tokenizer:
     def build_sequence(self, layout: SequenceLayout, ids: Sequence[int]) -> TokenSequence:
         """Put a text's ids, which must fit, where they go."""
         whole = [*layout.before, *ids, *layout.after] or [self._pad]
-        return TokenSequence(whole, len(layout.before) if layout.has_token_types else len(whole))
+        return _sequence(whole, len(layout.before) if layout.has_token_types else len(whole))
 
     def prompt_length(self, prompt: str) -> int:
         """Count what a prompt puts in front of a text: its tokens, and the special ones before."""
@@ -312,6 +317,8 @@ class Tokenizer:
 
     def _cut(self, ids: Sequence[int], size: int) -> Sequence[int]:
         """Leave what fits of a text: its beginning, or its end where the checkpoint says so."""
+        if len(ids) <= size:
+            return ids
         return ids[max(len(ids) - size, 0) :] if self._keeps_end else ids[:size]
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -366,6 +373,11 @@ class Tokenizer:
             (origin[start], origin[end - 1] + 1 if end > start else origin[start])
             for start, end in offsets
         ]
+
+
+def _sequence(ids: list[int], second_segment_start: int) -> TokenSequence:
+    # On the tokenising thread, so that no device waits for it; two thirds of np.array's time.
+    return TokenSequence(np.fromiter(ids, np.int32, len(ids)), second_segment_start)
 
 
 def _around(ids: list[int], special: list[int]) -> tuple[list[int], list[int]]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bge_core.checkpoints.files import JsonFile, first_line, other_weights, weight_files
 from bge_core.checkpoints.metadata import HEADS, missing_head_error
 from bge_core.errors import BGEError, CheckpointError, ComputationError
@@ -221,7 +223,7 @@ def check_computes(checkpoint: Checkpoint, runner: Runner) -> None:
     from bge_core.backends.memory import is_out_of_memory
 
     try:
-        runner.run([TokenSequence([checkpoint.pad_token_id] * 3, 3)])
+        runner.run([TokenSequence(np.full(3, checkpoint.pad_token_id, np.int32), 3)])
     except Exception as exc:
         if is_out_of_memory(exc):  # which has nothing to do with the checkpoint
             raise

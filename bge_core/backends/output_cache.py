@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from bge_core.checkpoints.catalog import Output
 
@@ -100,7 +101,7 @@ class OutputCache:
                 self._outputs.clear()
                 self._size = 0
 
-    def keep(self, ids: Sequence[int], output: Output, arrays: CachedOutput) -> None:
+    def keep(self, ids: ArrayLike, output: Output, arrays: CachedOutput) -> None:
         """Keep an output for the next one who asks.
 
         Args:
@@ -119,7 +120,7 @@ class OutputCache:
                 _, oldest = self._outputs.popitem(last=False)
                 self._size -= _bytes(oldest)
 
-    def take(self, ids: Sequence[int], output: Output) -> CachedOutput | None:
+    def take(self, ids: ArrayLike, output: Output) -> CachedOutput | None:
         """Return an output and forget it; None where it is not here."""
         if not self._outputs:
             return None
@@ -132,9 +133,9 @@ class OutputCache:
         return arrays
 
 
-def _key(ids: Sequence[int], output: Output) -> Hashable:
+def _key(ids: ArrayLike, output: Output) -> Hashable:
     # A digest: 8,192 ids would take more room than what is kept of them.
-    digest = hashlib.blake2b(array("I", ids).tobytes(), digest_size=16).digest()
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
     return output, digest
 
 

@@ -151,7 +151,9 @@ def transformers_encoder(
     with contextlib.suppress(Exception):
         # Anything that goes wrong here goes right on padded batches.
         model.set_attn_implementation(PACKED_ATTENTION)
-        short, long = TokenSequence([5, 6, 7], 3), TokenSequence([7, 8, 9, 6, 5], 5)
+        short, long = (
+            TokenSequence(np.array(ids, np.int32), len(ids)) for ids in ([5, 6, 7], [7, 8, 9, 6, 5])
+        )
 
         def rows(*sequences: TokenSequence) -> NDArray[np.float32]:
             return to_numpy(

@@ -109,7 +109,7 @@ class Call(Generic[Item]):
         # Slice by slice, so that other threads get their turn between two of them.
         for start in range(0, len(rows), _SLICE):
             end = start + _SLICE
-            np.stack(self.rows[start:end], out=rows[start:end])
+            np.concatenate(self.rows[start:end], out=rows[start:end].reshape(-1))
         self.rows.clear()
         return rows if len(self.items) == len(self.inverse) else rows[self.inverse]
 
