@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding_bag
 
+from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.packing import Pack
 
 if TYPE_CHECKING:
@@ -18,7 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "POOLS",
+    "Fetch",
+    "OverlappingRunner",
     "Runner",
+    "TorchRunner",
+    "begin_copy",
     "default_budget",
     "identity",
     "padded_inputs",
@@ -27,10 +37,16 @@ __all__ = [
     "to_numpy",
 ]
 
+logger = logging.getLogger(__name__)
+
 Pool = Callable[["Tensor", Pack], "Tensor"]
 """Hidden rows [rows, hidden] and their pack -> one row a sequence, [n, hidden]."""
 Head = Callable[["Tensor"], "Tensor"]
 """One row a sequence, [n, hidden] -> what the caller wants of it, [n, width]."""
+
+
+Fetch = Callable[[], Any]
+"""Waits for what a device computes, and gives it: of a runner its rows, as `Runner.run` does."""
 
 
 class Encoder(Protocol):
@@ -59,6 +75,110 @@ class Runner(Protocol):
     def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
         """Compute one row a sequence: [n, width] float32, or a list of what was asked for."""
         ...
+
+
+@runtime_checkable
+class OverlappingRunner(Runner, Protocol):
+    """A runner whose device may compute a pack while the next one is made."""
+
+    overlaps: bool
+    """Whether it does; where it doesn't, `launch` computes."""
+
+    def launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
+        """Begin to compute; the function that is returned waits for the rows."""
+        ...
+
+    def on_thread(self, *, urgent: bool) -> AbstractContextManager[Any]:
+        """Return a context in which a thread computes.
+
+        Args:
+            urgent: Whether the device takes this thread's work before the others'.
+        """
+        ...
+
+
+class TorchRunner(ABC):
+    """What the runners on a device of torch's share.
+
+    Args:
+        device: Where the model is.
+        budget: Tokens a pack may have unless the user says otherwise.
+        dtype: The model's number format, by name.
+    """
+
+    padded = False
+
+    def __init__(self, *, device: torch.device, budget: int, dtype: str = "float32") -> None:
+        self._device = device
+        # A CPU computes no float16, save in tests.
+        self._half = dtype == "float16" and device.type in ("cuda", "cpu")
+        self.default_budget = budget
+        self.overlaps = device.type == "cuda"
+        if self.overlaps:
+            # The workers have streams of their own, which don't wait for the weights.
+            torch.cuda.synchronize(device)
+
+    @abstractmethod
+    def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
+        """Do what `launch` does."""
+
+    @torch.inference_mode()
+    def launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
+        """Begin to compute one row a sequence; the function that is returned waits for them."""
+        fetch = self._launch(sequences)
+        return partial(self._fetch_finite, sequences, fetch) if self._half else fetch
+
+    def _fetch_finite(self, sequences: Sequence[TokenSequence], fetch: Fetch) -> Any:
+        """Fetch rows, and compute those again that overflowed."""
+        rows = fetch()
+        bad = [place for place, row in enumerate(rows) if not _is_finite(row)]
+        if bad:
+            logger.debug("%d of %d rows overflowed in float16.", len(bad), len(rows))
+            try:
+                again = self._launch_in_bfloat16([sequences[place] for place in bad])()
+            except Exception as exc:
+                if is_out_of_memory(exc):
+                    raise
+                # The caller says which text it was, and what to do.
+                logger.debug("bfloat16 in place of float16: %s", exc)
+            else:
+                for place, row in zip(bad, again, strict=True):
+                    rows[place] = row
+        return rows
+
+    @torch.inference_mode()
+    def _launch_in_bfloat16(self, sequences: Sequence[TokenSequence]) -> Fetch:
+        # It has float32's range. Weights are converted where they are used; norms are in float32.
+        with torch.autocast(self._device.type, dtype=torch.bfloat16):
+            return self._launch(sequences)
+
+    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
+        """Compute one row a sequence: [n, width] float32, or a list of what was asked for.
+
+        Raises:
+            CheckpointError: A further layer that is asked for is missing or damaged.
+        """
+        rows: NDArray[np.float32] | list[Any] = self.launch(sequences)()
+        return rows
+
+    def on_thread(self, *, urgent: bool) -> AbstractContextManager[Any]:
+        """Return a context in which a thread computes: on CUDA with a stream of its own."""
+        if not self.overlaps:
+            return nullcontext()
+        # The lower number goes first. Both work on the device at once: a query's kernels start
+        # when some of a bulk pack's have ended, and not when the pack has.
+        cuda: Any = torch.cuda  # whose classes have no types
+        stream: AbstractContextManager[Any] = cuda.stream(
+            cuda.Stream(self._device, priority=-1 if urgent else 0)
+        )
+        return stream
+
+
+def _is_finite(row: Any) -> bool:
+    """Return whether a row, or each part of one that there is, has neither NaN nor infinity."""
+    if isinstance(row, tuple):
+        return all(_is_finite(part) for part in row if part is not None)
+    return bool(np.isfinite(row).all())
 
 
 def padded_inputs(
@@ -100,6 +220,11 @@ def _last(hidden: Tensor, pack: Pack) -> Tensor:
 
 def _mean(hidden: Tensor, pack: Pack) -> Tensor:
     # In float32: a half-precision sum over hundreds of tokens loses digits.
+    if hidden.is_cuda:  # one call, where the one below is a call a length
+        rows = torch.arange(pack.tokens, device=hidden.device)
+        return embedding_bag(
+            rows, hidden.float(), pack.first_token_indices()[: len(pack.sequences)], mode="mean"
+        )
     return torch.cat(
         [
             hidden[group.start : group.end].float().view(group.count, group.length, -1).mean(1)
@@ -121,20 +246,53 @@ def identity(rows: Tensor) -> Tensor:
     return rows
 
 
-def default_budget(config: Any, device: torch.device, dtype: str) -> int:
-    """Compute the tokens that a batch may have on a device."""
+def default_budget(config: Any, device: torch.device, dtype: str, *, eager_length: int = 0) -> int:
+    """Compute the tokens that a batch may have on a device.
+
+    Args:
+        config: The sizes, by transformers' names.
+        device: The device.
+        dtype: The number format.
+        eager_length: Tokens of the longest sequence, where the model makes all scores of its
+            attention before it uses them; 0 where it doesn't.
+    """
     if device.type == "cpu":
         # A small working set: activations stay in the cache (docs/decisions/16).
         return 2048
     if device.type != "cuda":
         return 8192
-    # Live at once in a layer: a few rows of hidden size and one of the feed-forward.
-    wide = getattr(config, "intermediate_size", 4 * config.hidden_size) + 8 * config.hidden_size
+    # Live at once in a layer: a few rows of hidden size and three of the feed-forward, which are
+    # SwiGLU's gate, what it lets through, and what it is of.
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = 3 * inner + 8 * config.hidden_size
+    if eager_length:
+        # As many scores as tokens, before and after the softmax and in float32.
+        wide += 4 * config.num_attention_heads * eager_length
     size = getattr(torch, dtype).itemsize
     free, _ = torch.cuda.mem_get_info(device)
-    return int(min(max(free // 2 // (wide * size), 2048), 131_072))
+    # A quarter for each of the two priorities; the rest is other models'.
+    return int(min(max(free // 4 // (wide * size), 2048), 131_072))
+
+
+def begin_copy(rows: Tensor) -> Callable[[], NDArray[np.float32]]:
+    """Begin to copy rows to the CPU as float32; the function that is returned waits for them."""
+    rows = rows.float()
+    if not rows.is_cuda:
+        return lambda: rows.cpu().numpy()
+    copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    copied.copy_(rows, non_blocking=True)
+    # Without blocking it would wait with a whole core.
+    cuda: Any = torch.cuda  # whose classes have no types
+    done = cuda.Event(blocking=True)
+    done.record()
+
+    def fetch() -> NDArray[np.float32]:
+        done.synchronize()
+        return copied.numpy().copy()  # pinned memory is scarce, and rows live long
+
+    return fetch
 
 
 def to_numpy(rows: Tensor) -> NDArray[np.float32]:
     """Copy rows to the CPU as float32."""
-    return rows.float().cpu().numpy()
+    return begin_copy(rows)()

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from bge_core.backends.base import default_budget, to_numpy
+from bge_core.backends.base import TorchRunner, begin_copy, default_budget
 from bge_core.backends.loading import load_tensors
 from bge_core.backends.packing import Pack, attend
 from bge_core.checkpoints.files import JsonFile
@@ -26,9 +26,9 @@ from bge_core.tokenizer import TokenSequence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
+    from bge_core.backends.base import Fetch
     from bge_core.checkpoints.catalog import LayerHeads
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.layers import Depth
@@ -208,7 +208,7 @@ class _Decoder(torch.nn.Module):
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-class LayerwiseRunner:
+class LayerwiseRunner(TorchRunner):
     """Runs a decoder up to its cutoff, on packs that get shorter on the way if asked to.
 
     Args:
@@ -217,22 +217,25 @@ class LayerwiseRunner:
         tail: Tokens behind a passage, which are never shortened.
         device: Where the decoder is.
         budget: Tokens a pack may have unless the user says otherwise.
+        dtype: The decoder's number format, by name.
     """
 
-    padded = False
-
     def __init__(
-        self, decoder: _Decoder, depth: Depth, *, tail: int, device: torch.device, budget: int
+        self,
+        decoder: _Decoder,
+        depth: Depth,
+        *,
+        tail: int,
+        device: torch.device,
+        budget: int,
+        dtype: str = "float32",
     ) -> None:
+        super().__init__(device=device, budget=budget, dtype=dtype)
         self._decoder = decoder
         self._depth = depth
         self._tail = tail
-        self._device = device
-        self.default_budget = budget
 
-    @torch.inference_mode()
-    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[Any]:
-        """Compute one score a sequence, [n, 1] float32."""
+    def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
         decoder = self._decoder
         pack = Pack(sequences, self._device)
         hidden, turns = decoder.embedded(pack), decoder.turns(pack)
@@ -241,7 +244,7 @@ class LayerwiseRunner:
                 pack, hidden = self._shortened(pack, hidden)
                 turns = decoder.turns(pack)
             hidden = layer(hidden, pack, turns)
-        return to_numpy(decoder.scores(hidden[pack.last_token_indices()]))
+        return begin_copy(decoder.scores(hidden[pack.last_token_indices()]))
 
     def _shortened(self, pack: Pack, hidden: Tensor) -> tuple[Pack, Tensor]:
         """Put the mean of so many neighbouring rows of each passage in their place."""
@@ -254,7 +257,7 @@ class LayerwiseRunner:
             size = len(sequence)
             first, last = sequence.second_segment_start, size - self._tail
             heads = [*range(first), *range(first, last, ratio), *range(last, size)]
-            shorter.append(TokenSequence([sequence.ids[head] for head in heads], first))
+            shorter.append(TokenSequence(sequence.id_array[heads], first))
             starts += [start + head for head in heads]
             counts += [min(ratio, last - head) if first <= head < last else 1 for head in heads]
             start += size
@@ -306,6 +309,7 @@ def load_layerwise_runner(
         tail=tail,
         device=device,
         budget=default_budget(shape, device, dtype),
+        dtype=dtype,
     )
 
 

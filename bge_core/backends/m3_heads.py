@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bge_core.backends.base import to_numpy
+from bge_core.backends.base import begin_copy
 from bge_core.backends.loading import load_head
 from bge_core.checkpoints.metadata import missing_head_error
 from bge_core.errors import CheckpointError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bge_core.backends.base import Encoder
+    from bge_core.backends.base import Encoder, Fetch
     from bge_core.backends.output_cache import CachedOutput, OutputCache
     from bge_core.backends.packed import Heads, MakePack
     from bge_core.backends.packing import Pack
@@ -82,14 +82,14 @@ class M3Heads:
             except CheckpointError as exc:
                 self._layers[output] = str(exc)
 
-    def run(
+    def launch(
         self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
-    ) -> NDArray[np.float32] | list[Any]:
-        """Compute one row a sequence.
+    ) -> Fetch:
+        """Begin to compute one row a sequence.
 
         Returns:
-            A dense vector, [hidden] float32, for a sequence that requests no outputs, and an
-            `M3Row` for one that does.
+            Waits for the rows: a dense vector, [hidden] float32, for a sequence that requests no
+            outputs, and an `M3Row` for one that does.
 
         Raises:
             CheckpointError: A layer that is asked for is missing or damaged.
@@ -98,16 +98,19 @@ class M3Heads:
         if not shared:
             self._cache.clear_unless_shared()
             if all(sequence.requested_outputs is None for sequence in sequences):
-                return self._plain.run(sequences, encoder, make_pack)
+                return self._plain.launch(sequences, encoder, make_pack)
         cached = [self._cached_row(sequence) if shared else None for sequence in sequences]
         missing = [one for one, row in zip(sequences, cached, strict=True) if row is None]
-        computed: Iterator[M3Row] = iter(())
+        computed: Callable[[], list[M3Row]] = list
         if missing:
-            computed = iter(self._computed(missing, encoder, make_pack, shared=shared))
-        rows = [next(computed) if row is None else row for row in cached]
-        return [
-            _only_requested(sequence, row) for sequence, row in zip(sequences, rows, strict=True)
-        ]
+            computed = self._computed(missing, encoder, make_pack, shared=shared)
+
+        def fetch() -> list[Any]:
+            further = iter(computed())
+            rows = [next(further) if row is None else row for row in cached]
+            return [_only_requested(one, row) for one, row in zip(sequences, rows, strict=True)]
+
+        return fetch
 
     def _cached_row(self, sequence: TokenSequence) -> M3Row | None:
         """Return the cached row of another caller's pass, where it is all that is requested."""
@@ -115,7 +118,7 @@ class M3Heads:
         if not sequence.shares_outputs or len(requested) > 1 or not requested <= _SHARED:
             return None
         (output,) = requested
-        arrays: Any = self._cache.take(sequence.ids, output)
+        arrays: Any = self._cache.take(sequence.id_array, output)
         if arrays is None:
             return None
         return M3Row(dense=arrays[0]) if output == "dense" else M3Row(sparse=arrays)
@@ -127,7 +130,7 @@ class M3Heads:
         make_pack: MakePack,
         *,
         shared: bool,
-    ) -> list[M3Row]:
+    ) -> Callable[[], list[M3Row]]:
         caching = shared and any(sequence.shares_outputs for sequence in sequences)
         weighted = self._is_requested(sequences, "sparse") or (
             caching and self._can_compute_sparse()
@@ -136,32 +139,41 @@ class M3Heads:
             position for position, one in enumerate(sequences) if "multi_vector" in _requested(one)
         ]
         if not weighted and not multi:
-            return [M3Row(dense=row) for row in self._plain.run(sequences, encoder, make_pack)]
+            plain = self._plain.launch(sequences, encoder, make_pack)
+            return lambda: [M3Row(dense=row) for row in plain()]
         pack = make_pack(sequences)
         hidden = encoder.hidden_states(pack)
-        dense = to_numpy(hidden[pack.first_token_indices()])
-        weights = to_numpy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
+        dense = begin_copy(hidden[pack.first_token_indices()])
+        weights = begin_copy(torch.relu(self._layer("sparse")(hidden)[:, 0])) if weighted else None
         vectors = self._vectors(hidden, pack, multi)
-        rows, start = [], 0
-        for position, sequence in enumerate(sequences):
-            end = start + len(sequence)
-            sparse = None if weights is None else _strongest(sequence.ids, weights[start:end])
-            rows.append(M3Row(dense[position].copy(), sparse, vectors.get(position)))
-            if caching:
-                self._cache_output(sequence, rows[-1])
-            start = end
-        return rows
+
+        def fetch() -> list[M3Row]:
+            firsts, all_weights = dense(), None if weights is None else weights()
+            rows, start = [], 0
+            for position, sequence in enumerate(sequences):
+                end, sparse, vector = start + len(sequence), None, None
+                if all_weights is not None:
+                    sparse = _strongest(sequence.id_array, all_weights[start:end])
+                if position in vectors:
+                    vector = vectors[position]()
+                rows.append(M3Row(firsts[position].copy(), sparse, vector))
+                if caching:
+                    self._cache_output(sequence, rows[-1])
+                start = end
+            return rows
+
+        return fetch
 
     def _vectors(
         self, hidden: Tensor, pack: Pack, positions: Sequence[int]
-    ) -> dict[int, NDArray[np.float32]]:
-        """Compute the token vectors of some sequences of a pack, by position."""
+    ) -> dict[int, Callable[[], NDArray[np.float32]]]:
+        """Begin to compute the token vectors of some sequences of a pack, by position."""
         vectors = {}
         starts = np.cumsum([0, *pack.lengths])
         for position in positions:
             own = hidden[starts[position] + 1 : starts[position + 1]]
             unit = torch.nn.functional.normalize(self._layer("multi_vector")(own).float(), dim=-1)
-            vectors[position] = to_numpy(unit)
+            vectors[position] = begin_copy(unit)
         return vectors
 
     def _cache_output(self, sequence: TokenSequence, row: M3Row) -> None:
@@ -170,7 +182,7 @@ class M3Heads:
             return
         computed: dict[Output, CachedOutput] = {"dense": (row.dense,), "sparse": row.sparse}
         for output in _SHARED - _requested(sequence):
-            self._cache.keep(sequence.ids, output, computed[output])
+            self._cache.keep(sequence.id_array, output, computed[output])
 
     def _is_requested(self, sequences: Sequence[TokenSequence], output: Output) -> bool:
         return any(output in _requested(sequence) for sequence in sequences)
@@ -209,12 +221,12 @@ def _only_requested(sequence: TokenSequence, row: M3Row) -> Any:
 
 
 def _strongest(
-    ids: Sequence[int], weights: NDArray[np.float32]
+    ids: NDArray[np.int32], weights: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return each distinct id with its greatest weight; ids without one are left out."""
-    distinct, positions = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    distinct, positions = np.unique(ids, return_inverse=True)
     strongest = np.zeros(len(distinct), dtype=np.float32)
     with np.errstate(invalid="ignore"):
         np.maximum.at(strongest, positions, weights)
     kept = ~(strongest <= 0)  # so that NaN is kept, to be refused
-    return distinct[kept].astype(np.int32), strongest[kept]
+    return distinct[kept], strongest[kept]

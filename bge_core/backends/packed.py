@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import torch
-
-from bge_core.backends.base import POOLS, to_numpy
+from bge_core.backends.base import POOLS, TorchRunner, begin_copy
 from bge_core.backends.packing import Pack
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    import torch
 
-    from bge_core.backends.base import Encoder, Head
+    from bge_core.backends.base import Encoder, Fetch, Head
     from bge_core.tokenizer import TokenSequence
 
 __all__ = ["Heads", "PackedRunner", "PooledHead"]
@@ -25,10 +22,14 @@ MakePack = Callable[[Sequence["TokenSequence"]], Pack]
 class Heads(Protocol):
     """Makes the outcome of sequences with an encoder."""
 
-    def run(
+    def launch(
         self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
-    ) -> NDArray[np.float32] | list[Any]:
-        """Compute one row a sequence: [n, width] float32, or a list of what was asked for."""
+    ) -> Fetch:
+        """Begin to compute one row a sequence.
+
+        Returns:
+            Waits for the rows: [n, width] float32, or a list of what was asked for.
+        """
         ...
 
 
@@ -44,19 +45,21 @@ class PooledHead:
         self._pooling = pooling
         self._head = head
 
-    def run(
+    def launch(
         self, sequences: Sequence[TokenSequence], encoder: Encoder, make_pack: MakePack
-    ) -> NDArray[np.float32]:
-        """Compute one row a sequence, [n, width] float32."""
+    ) -> Fetch:
+        """Begin to compute one row a sequence, [n, width] float32."""
         pack = make_pack(sequences)
         if self._pooling == "cls":
             rows = encoder.first_token_states(pack)
         else:
             rows = POOLS[self._pooling](encoder.hidden_states(pack), pack)
-        return to_numpy(self._head(rows))[: len(sequences)]
+        count = len(sequences)
+        fetch = begin_copy(self._head(rows))
+        return lambda: fetch()[:count]
 
 
-class PackedRunner:
+class PackedRunner(TorchRunner):
     """Runs an encoder on packs, without padding to the longest.
 
     Args:
@@ -65,9 +68,8 @@ class PackedRunner:
         device: Where the model is.
         position_offset: Where positions are counted from; None for 0 (see `Pack`).
         budget: Tokens a pack may have unless the user says otherwise.
+        dtype: The encoder's number format, by name.
     """
-
-    padded = False
 
     def __init__(
         self,
@@ -77,21 +79,15 @@ class PackedRunner:
         device: torch.device,
         position_offset: int | None,
         budget: int,
+        dtype: str = "float32",
     ) -> None:
+        super().__init__(device=device, budget=budget, dtype=dtype)
         self._encoder = encoder
         self._heads = heads
-        self._device = device
         self._position_offset = position_offset
-        self.default_budget = budget
 
-    @torch.inference_mode()
-    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
-        """Compute one row a sequence: [n, width] float32, or a list of what was asked for.
-
-        Raises:
-            CheckpointError: A further layer that is asked for is missing or damaged.
-        """
-        return self._heads.run(sequences, self._encoder, self._pack)
+    def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
+        return self._heads.launch(sequences, self._encoder, self._pack)
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> Pack:
         return Pack(sequences, self._device, self._position_offset, self._encoder.bucketed)

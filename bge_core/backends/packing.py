@@ -5,6 +5,7 @@ Every linear layer of the encoder then runs on real tokens only, or next to it (
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from bge_core.tokenizer import TokenSequence
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
-
-    from bge_core.tokenizer import TokenSequence
 
 __all__ = [
     "BatchSize",
@@ -30,6 +31,9 @@ __all__ = [
     "next_batch_end",
     "round_up_to_bucket",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,11 @@ class Pack:
         """Tokens of each sequence."""
         return [len(sequence) for sequence in self.sequences]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return int(self._bounds[-1])
+
     @cached_property
     def length_groups(self) -> list[LengthGroup]:
         """Neighbouring sequences of equal length, in order."""
@@ -94,7 +103,7 @@ class Pack:
 
     def inputs(self) -> dict[str, Tensor]:
         """Make the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
-        tokens = int(self._bounds[-1])
+        tokens = self.tokens
         rows = self._padded_size(tokens)
         # Rows of one array, which goes to the device in one copy.
         values = np.zeros((3, rows), dtype=np.int64)
@@ -145,6 +154,16 @@ class Pack:
     def cu_seqlens(self) -> Tensor:
         """Return 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
         return self._tensor(self._bounds.astype(np.int32))
+
+    @cached_property
+    def ordinals(self) -> Tensor:
+        """Return 0 to n, [n + 1] int32: `cu_seqlens` of one token a sequence."""
+        return self._tensor(np.arange(len(self.sequences) + 1, dtype=np.int32))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
 
     def _padded_size(self, rows: int) -> int:
         return round_up_to_bucket(rows) if self.bucketed else rows
@@ -241,7 +260,7 @@ def attend(
     grouped = keys.shape[1] != queries.shape[1]
     varlen = _varlen(queries)
     if varlen is not None:
-        longest = max(pack.lengths)
+        longest = pack.longest
         far = -1 if sliding_window is None else sliding_window - 1
         attended: Tensor = varlen(
             queries,
@@ -258,6 +277,10 @@ def attend(
             num_splits=1,
         )
         return attended
+    if (sliding_window is None or pack.longest <= sliding_window) and _can_be_efficient(queries):
+        return _efficient(
+            queries, keys, values, pack, pack.cu_seqlens, pack.longest, causal=causal, scale=scaling
+        )
     parts = []
     for group in pack.length_groups:
         mask = _window(group.length, sliding_window, causal=causal, device=queries.device)
@@ -286,6 +309,14 @@ def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> T
     Returns:
         [rows, heads, head_dim]; zero where there is no sequence.
     """
+    varlen = _varlen(queries)
+    if varlen is not None:
+        attended: Tensor = varlen(
+            queries, keys, values, pack.ordinals, pack.cu_seqlens, 1, pack.longest, num_splits=1
+        )
+        return attended
+    if _can_be_efficient(queries):
+        return _efficient(queries, keys, values, pack, pack.ordinals, 1)
     parts, done = [], 0
     for group in pack.length_groups:
         own = queries[done : done + group.count, :, None]
@@ -325,6 +356,67 @@ def _varlen_attention() -> Any:
         return None
     # Before torch 2.12 it has not all of the keywords that are needed.
     return varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
+
+
+def _efficient(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pack: Pack,
+    query_bounds: Tensor,
+    most_queries: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend on CUDA in float32, and on cards before Ampere, by one call, too.
+
+    The operator is torch's own for nested tensors, and promised to nobody: see `_works`.
+    """
+    shared = queries.shape[1] // keys.shape[1]
+    if shared > 1:
+        keys, values = (rows.repeat_interleave(shared, 1) for rows in (keys, values))
+    attended: Tensor = torch.ops.aten._efficient_attention_forward(
+        queries[None],
+        keys[None],
+        values[None],
+        None,  # what is added to the scores
+        query_bounds,
+        pack.cu_seqlens,
+        most_queries,
+        pack.longest,
+        0.0,  # dropout
+        int(causal),
+        False,  # noqa: FBT003 -- the operator takes it by position: no sums for a backward pass
+        scale=scale,
+    )[0]
+    return attended[0]
+
+
+def _can_be_efficient(queries: Tensor) -> bool:
+    return queries.is_cuda and _works(queries.device, queries.dtype, queries.shape[-1])
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether `_efficient` gives what one call a sequence does."""
+    lengths = (3, 1, 5)
+    pack = Pack([TokenSequence(np.zeros(n, np.int32), n) for n in lengths], device)
+    rows = torch.linspace(-1, 1, pack.tokens * 2 * head_dim, device=device, dtype=dtype)
+    heads: Any = rows.view(-1, 2, head_dim)
+    try:
+        with torch.inference_mode():
+            together = _efficient(heads, heads, heads, pack, pack.cu_seqlens, pack.longest)
+            apart = torch.cat(
+                [
+                    scaled_dot_product_attention(*[own.transpose(0, 1)] * 3).transpose(0, 1)
+                    for own in heads.split(lengths)
+                ]
+            )
+            return torch.allclose(together, apart, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    except Exception as exc:  # noqa: BLE001 -- whatever another torch says
+        logger.debug("The efficient attention of torch: %s", exc)
+        return False
 
 
 def _split(rows: Tensor, group: LengthGroup) -> Tensor:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bge_core.backends.base import default_budget, padded_inputs, takes_types, to_numpy
+from bge_core.backends.base import (
+    TorchRunner,
+    begin_copy,
+    default_budget,
+    padded_inputs,
+    takes_types,
+)
 from bge_core.backends.loading import (
     check_computes,
     copy_weights,
@@ -25,16 +31,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bge_core.backends.base import Pool, Runner
+    from bge_core.backends.base import Fetch, Pool, Runner
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.tokenizer import TokenSequence
 
-__all__ = ["load_sentence_transformers"]
+__all__ = ["PaddedRunner", "eager_length", "load_sentence_transformers"]
 
 logger = logging.getLogger(__name__)
 
 
-class PaddedRunner:
+class PaddedRunner(TorchRunner):
     """Runs any model on padded batches: the path of what can't run packed.
 
     Args:
@@ -44,6 +50,7 @@ class PaddedRunner:
         pad: The padding token's id.
         device: Where the model is.
         budget: Tokens a batch may have unless the user says otherwise.
+        dtype: The model's number format, by name.
     """
 
     padded = True
@@ -57,43 +64,55 @@ class PaddedRunner:
         pad: int,
         device: torch.device,
         budget: int,
+        dtype: str = "float32",
     ) -> None:
+        super().__init__(device=device, budget=budget, dtype=dtype)
         self._forward = forward
         self._pool = pool
         self._types = types
         self._pad = pad
-        self._device = device
-        self.default_budget = budget
 
-    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
-        """Compute one row a sequence, [n, width] float32."""
+    def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
         return self._compute(sequences, {})
 
-    @torch.inference_mode()
-    def _compute(
-        self, sequences: Sequence[TokenSequence], further: dict[str, Any]
-    ) -> NDArray[np.float32]:
+    def _compute(self, sequences: Sequence[TokenSequence], further: dict[str, Any]) -> Fetch:
         inputs = padded_inputs(sequences, pad=self._pad, types=self._types)
         tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
         out = self._forward({**tensors, **further})
         if self._pool is not None:
             out = self._pool(out[tensors["attention_mask"].bool()], Pack(sequences, self._device))
-        return to_numpy(out)
+        return begin_copy(out)
 
 
 class _ModulesRunner(PaddedRunner):
     """Runs sentence-transformers' modules, which may leave a prompt's tokens out of the pooling."""
 
-    def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32]:
-        """Compute one row a sequence, [n, width] float32."""
+    def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
         lengths = np.array([sequence.prompt_length for sequence in sequences])
-        outcome: dict[int, NDArray[np.float32]] = {}
+        parts: list[tuple[list[int], Fetch]] = []
         for length in np.unique(lengths):  # one for a whole batch is what they take
             positions = np.flatnonzero(lengths == length).tolist()
             chosen = [sequences[place] for place in positions]
-            rows = self._compute(chosen, {"prompt_length": int(length)} if length else {})
-            outcome.update(zip(positions, rows, strict=True))
-        return np.stack([outcome[place] for place in range(len(sequences))])
+            fetch = self._compute(chosen, {"prompt_length": int(length)} if length else {})
+            parts.append((positions, fetch))
+
+        def fetch_all() -> NDArray[np.float32]:
+            outcome: dict[int, NDArray[np.float32]] = {}
+            for positions, fetch in parts:
+                outcome.update(zip(positions, fetch(), strict=True))
+            return np.stack([outcome[place] for place in range(len(outcome))])
+
+        return fetch_all
+
+
+def eager_length(encoder: Any, checkpoint: Checkpoint) -> int:
+    """Return the longest sequence of a model that makes all scores of its attention at once.
+
+    Returns:
+        Its tokens; 0 for a model that doesn't.
+    """
+    eager = getattr(encoder.config, "_attn_implementation", None) == "eager"
+    return checkpoint.default_max_length if eager else 0
 
 
 def load_sentence_transformers(
@@ -148,7 +167,10 @@ def load_sentence_transformers(
         types=takes_types(encoder),
         pad=checkpoint.pad_token_id,
         device=device,
-        budget=default_budget(encoder.config, device, dtype),
+        budget=default_budget(
+            encoder.config, device, dtype, eager_length=eager_length(encoder, checkpoint)
+        ),
+        dtype=dtype,
     )
     check_computes(checkpoint, runner)
     return runner

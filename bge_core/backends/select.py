@@ -15,7 +15,7 @@ from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.onednn import prepack_linear_weights
 from bge_core.backends.output_cache import OutputCache
 from bge_core.backends.packed import PackedRunner, PooledHead
-from bge_core.backends.padded import PaddedRunner, load_sentence_transformers
+from bge_core.backends.padded import PaddedRunner, eager_length, load_sentence_transformers
 from bge_core.checkpoints.metadata import is_m3_architecture
 
 if TYPE_CHECKING:
@@ -102,7 +102,10 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
         types=takes_types(encoder),
         pad=checkpoint.pad_token_id,
         device=place,
-        budget=default_budget(encoder.config, place, dtype),
+        budget=default_budget(
+            encoder.config, place, dtype, eager_length=eager_length(encoder, checkpoint)
+        ),
+        dtype=dtype,
     )
     check_computes(checkpoint, runner)
     return runner
@@ -132,4 +135,5 @@ def _packed(
         device=device,
         position_offset=checkpoint.position_offset,
         budget=default_budget(config, device, options.dtype),
+        dtype=options.dtype,
     )

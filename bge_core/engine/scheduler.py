@@ -15,10 +15,12 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard, cast
 
 import torch
 
+from bge_core.backends.base import OverlappingRunner
 from bge_core.backends.memory import free_cached_memory, is_out_of_memory
 from bge_core.backends.packing import BatchSize, next_batch_end
 from bge_core.engine.process import (
@@ -49,6 +51,10 @@ _IDLE_SECONDS = 1.0
 # that turns out too high again waits for twice as many, up to so many.
 _GOOD_PACKS = 16
 _MOST_GOOD_PACKS = 1024
+# A pack on a device that computes beside its thread has no more than what takes so long, so that
+# callers get their turns; what it takes is learnt, from so many tokens on.
+_PACK_SECONDS = 0.05
+_FIRST_TOKENS = 4096
 # A limit falls to no less; a pack that has less and doesn't fit is cut all the same.
 _LEAST_TOKENS = 64
 _UNLIMITED = 1 << 60
@@ -56,7 +62,7 @@ _UNLIMITED = 1 << 60
 # tokenises more.
 _PACKS_AHEAD = 3
 # A pack takes no further caller from here on: filling it holds the lock that `submit` takes.
-_MOST_SEQUENCES = 8192
+_MOST_SEQUENCES = 4096
 
 
 class _Job:
@@ -154,6 +160,10 @@ def _log(level: int, message: str, *arguments: object) -> None:
         logger.log(level, message, *arguments)
 
 
+def _overlaps(runner: Runner) -> TypeGuard[OverlappingRunner]:
+    return isinstance(runner, OverlappingRunner) and runner.overlaps
+
+
 class _TokenLimit:
     """How many tokens a pack on one device may have: less after it ran out of memory.
 
@@ -191,6 +201,52 @@ class _TokenLimit:
             self.tokens, self._failed, self._patience = _UNLIMITED, 0, _GOOD_PACKS
 
 
+class _Pace:
+    """How many tokens a device computes in the time that a pack may take."""
+
+    __slots__ = ("tokens",)
+
+    def __init__(self) -> None:
+        self.tokens = _FIRST_TOKENS
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Note how long so many tokens took; a small pack says nothing unless it was slow."""
+        if 2 * tokens < self.tokens and seconds < _PACK_SECONDS:
+            return
+        factor = _PACK_SECONDS / max(seconds, 1e-6)
+        # By steps: a first pass takes seconds, and that says nothing of the next.
+        wanted = int(self.tokens * min(max(factor, 0.5), 2.0))
+        self.tokens = min(max(wanted, _LEAST_TOKENS), _UNLIMITED)
+
+
+class _Pass:
+    """A pack that a device computes, or will when it is asked for the rows."""
+
+    __slots__ = ("begun", "fetch", "lengths", "pack", "tokens")
+
+    def __init__(self, pack: list[_Entry], runner: Runner, *, overlapping: bool) -> None:
+        # Queries of several callers come mixed; equal lengths share one attention call.
+        pack.sort(key=lambda entry: len(entry[2]))
+        self.pack = pack
+        self.lengths = [len(sequence) for _, _, sequence in pack]
+        self.tokens = self.lengths[-1] * len(pack) if runner.padded else sum(self.lengths)
+        self.begun = time.perf_counter()
+        sequences = [sequence for _, _, sequence in pack]
+        self.fetch: Callable[[], Rows | Any]
+        if not overlapping:
+            self.fetch = partial(runner.run, sequences)
+            return
+        try:
+            self.fetch = cast("OverlappingRunner", runner).launch(sequences)
+        except BaseException as exc:  # noqa: BLE001 -- the pass before is handed out first
+            # Its traceback holds every tensor of the failed pass.
+            self.fetch = partial(_fail, exc.with_traceback(None) if is_out_of_memory(exc) else exc)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    raise error
+
+
 class _Workers:
     """What the worker threads share; it must not refer to the engine, so that that can die."""
 
@@ -218,6 +274,13 @@ class _Workers:
         with self.ready:
             if self.closed:
                 raise closed_error(self.name)
+            if self.forked and any(_overlaps(runner) for runner in self.runners[priority]):
+                msg = (
+                    f"{self.name!r} was loaded onto a GPU before this process was forked, and no "
+                    "child can use CUDA then: start processes by multiprocessing's 'spawn', or use "
+                    "the model in the children only."
+                )
+                raise ComputationError(msg)
             if not self.threads[priority]:
                 self._start(priority)
             self.waiting[priority].setdefault(job.caller, deque()).append(job)
@@ -266,32 +329,60 @@ class _Workers:
         if self.forked:
             # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
             torch.set_num_threads(1)
+        if _overlaps(runner):
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(runner.on_thread(urgent=priority == "interactive"))
+                except Exception as exc:  # noqa: BLE001 -- a pass says it to its callers, too
+                    _log(logging.WARNING, "A worker has no stream of its own: %s", exc)
+                self._loop(priority, runner, limit, _Pace())
+        else:
+            self._loop(priority, runner, limit, None)
+
+    def _loop(
+        self, priority: Priority, runner: Runner, limit: _TokenLimit, pace: _Pace | None
+    ) -> None:
+        """Compute pack by pack; with a pace, the next one is made while the device computes."""
+        computing: _Pass | None = None
         idle_since: float | None = None
+        finished = 0.0
         while True:
             with self.ready:
-                pack = self._take(priority, runner, limit.tokens)
-                if not pack:
+                pack = self._take(priority, runner, limit.tokens, pace.tokens if pace else None)
+                if not pack and computing is None:
                     if self.closed:
                         return
                     # Queries wake it, too, and are no reason to rest longer.
                     self.ready.wait(idle_since and max(0.0, idle_since - time.monotonic()))
-            if pack:
-                self._run(pack, runner, limit)
+            following = _Pass(pack, runner, overlapping=pace is not None) if pack else None
+            done = computing if pace else following
+            if done is not None:
+                # It began when the device had done the pass before.
+                done.begun = max(done.begun, finished)
+                self._finish(done, runner, limit)
+                finished = time.perf_counter()
+                if pace:
+                    pace.note(done.tokens, finished - done.begun)
                 idle_since = time.monotonic() + _IDLE_SECONDS if priority == "background" else None
-            elif idle_since and time.monotonic() >= idle_since:
+            elif following is None and idle_since and time.monotonic() >= idle_since:
                 trim_heap()
                 idle_since = None
-            # Nothing of the pack may outlive it while the worker waits.
-            del pack
+            computing = following if pace else None
+            # Nothing of a pack may outlive it while the worker waits.
+            del pack, following, done
 
-    def _take(self, priority: Priority, runner: Runner, limit: int) -> list[_Entry]:
+    def _take(
+        self, priority: Priority, runner: Runner, limit: int, most: int | None = None
+    ) -> list[_Entry]:
         """Fill a pack from the callers that wait, each in its turn; called under the lock.
+
+        It has `limit` tokens at the most, and `most` unless a caller has a budget of its own.
 
         `submit` waits for the lock, on an event loop, too: each caller costs a few steps, however
         many there are.
         """
         waiting = self.waiting[priority]
-        padded, default_budget = runner.padded, runner.default_budget
+        padded, default_budget = runner.padded, min(runner.default_budget, most or _UNLIMITED)
         pack: list[_Entry] = []
         size = BatchSize()
         while waiting and size.count < _MOST_SEQUENCES:
@@ -324,31 +415,31 @@ class _Workers:
         return pack
 
     def _run(self, pack: list[_Entry], runner: Runner, limit: _TokenLimit) -> None:
-        """Compute a pack and hand its rows out; whatever goes wrong is its callers' to hear."""
+        """Compute a pack and hand its rows out."""
+        self._finish(_Pass(pack, runner, overlapping=False), runner, limit)
+
+    def _finish(self, computed: _Pass, runner: Runner, limit: _TokenLimit) -> None:
+        """Hand a pass's rows out; whatever goes wrong is its callers' to hear."""
         try:
-            self._compute(pack, runner, limit)
+            self._fetch(computed, runner, limit)
         except BaseException as exc:  # noqa: BLE001 -- a worker lives on and its callers must hear
-            for job in _jobs(pack):
+            for job in _jobs(computed.pack):
                 job.fail(exc)
 
-    def _compute(self, pack: list[_Entry], runner: Runner, limit: _TokenLimit) -> None:
-        # Queries of several callers come mixed; equal lengths share one attention call.
-        pack.sort(key=lambda entry: len(entry[2]))
-        lengths = [len(sequence) for _, _, sequence in pack]
-        tokens = lengths[-1] * len(pack) if runner.padded else sum(lengths)
-        started = time.perf_counter()
+    def _fetch(self, computed: _Pass, runner: Runner, limit: _TokenLimit) -> None:
+        pack, tokens = computed.pack, computed.tokens
         try:
-            rows = runner.run([sequence for _, _, sequence in pack])
+            rows = computed.fetch()
         except Exception as exc:
             if not is_out_of_memory(exc):
                 raise
             # Its traceback holds every tensor of the failed pass.
             shortage = exc.with_traceback(None)
         else:
-            self._scatter_results(pack, rows, started)
+            self._scatter_results(pack, rows, computed.begun)
             limit.succeed(tokens)
             return
-        self._retry_in_smaller_batches(pack, lengths, tokens, runner, limit, shortage)
+        self._retry_in_smaller_batches(computed, runner, limit, shortage)
 
     def _scatter_results(self, pack: list[_Entry], rows: Iterable[Any], started: float) -> None:
         computed = time.perf_counter()
@@ -369,14 +460,13 @@ class _Workers:
 
     def _retry_in_smaller_batches(
         self,
-        pack: list[_Entry],
-        lengths: Sequence[int],
-        tokens: int,
+        failed: _Pass,
         runner: Runner,
         limit: _TokenLimit,
         shortage: BaseException,
     ) -> None:
         """Run a pack that was too large in parts, and remember the smaller size."""
+        pack, lengths, tokens = failed.pack, failed.lengths, failed.tokens
         if len(pack) == 1:
             msg = (
                 f"{self.name!r} ran out of memory on one text of {tokens} tokens: pass a smaller "

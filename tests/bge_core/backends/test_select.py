@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from bge_core import ArgumentError, CheckpointError, Embedder, Reranker
 from bge_core.backends import stock
+from bge_core.backends.base import TorchRunner
 from bge_core.backends.packing import Pack
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.select import load_runner
@@ -213,3 +214,38 @@ def kept(tmp_path, monkeypatch):
     """The cache in which converted models are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("Qwen2", "last"), ("Mistral", "mean")])
+def test_what_overflows_in_float16_is_computed_again_in_bfloat16(family, pooling, tmp_path):
+    """tests/cuda has BERT, whose norms a CPU's autocast leaves alone."""
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    rare = 99  # a token for which one number of the first layer exceeds 65,504
+    with torch.no_grad():
+        pattern = torch.tensor([1.0, -1.0]).repeat(16)
+        model.get_input_embeddings().weight[rare] = 10 * pattern
+        for name, module in model.named_modules():
+            if name.endswith("0.mlp.up_proj"):
+                module.weight[0] = 3e3 * pattern
+            if name.endswith("0.self_attn.o_proj"):
+                module.weight *= 0.01
+    model.save_pretrained(tmp_path)
+    checkpoint = read(Source.of(tmp_path), tmp_path)
+    options = RunnerOptions(kind="embedder", pooling=pooling, dtype="float16")
+    runner = load_runner(checkpoint, options, device="cpu")
+    assert isinstance(runner, TorchRunner)
+    texts = [TokenSequence(ids, 4) for ids in ([5, 6, 7, 8], [rare, 6, 7, 8], [9, 8, 7, 6])]
+    with torch.inference_mode():
+        first_try = runner._launch(texts)()
+        hidden = [model(input_ids=torch.tensor([text.ids]))[0][0] for text in texts]
+    rows = {"cls": lambda own: own[0], "mean": lambda own: own.mean(0), "last": lambda own: own[-1]}
+    expected = np.stack([rows[pooling](own).numpy() for own in hidden])
+    finite = np.isfinite(first_try).all(axis=1)
+    assert not finite.all()
+    found = runner.run(texts)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[finite], first_try[finite])
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1)
+    assert (cosines / np.linalg.norm(expected, axis=1) > 0.99).all()
