@@ -13,7 +13,7 @@ STAND_IN = --data examples/encyclopaedia --model "$$($(BIN)/python examples/stan
 	--reranker "$$($(BIN)/python examples/stand_in.py reranker)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo playground evaluate test test-browser test-notebooks test-server test-lowest test-newest lint format docs bench soak clean
+.PHONY: help demo playground evaluate test test-cuda test-browser test-notebooks test-server test-lowest test-newest lint format docs bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-notebooks: $(VENV)/.notebooks  ## Run the notebooks of examples/, and compa
 
 test-server: $(VENV)/.dev .venv-infinity/.made  ## Run the tests against a real Infinity server
 	$(BIN)/python -m pytest tests/test_infinity.py $(ARGS)
+
+test-cuda: $(VENV)/.dev  ## Test and measure on this machine's GPU, and print a page to paste (ARGS="--shapes small")
+	$(BIN)/python benchmarks/cuda_page.py $(ARGS)
 
 test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="-k words")
 	PYTEST_ADDOPTS='$(OLD_WARNINGS)' $(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -1,0 +1,252 @@
+"""The CUDA path, on whatever GPU is there: `make test-cuda` prints what came of it.
+
+Without a GPU each test says that it was skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bge_core import ComputationError, Embedder, M3Embedder, Reranker
+from bge_core.backends import packing
+from bge_core.backends.base import POOLS, OverlappingRunner
+from bge_core.backends.packing import Pack, attend, attend_first
+from bge_core.backends.runner_options import RunnerOptions
+from bge_core.backends.select import load_runner
+from bge_core.checkpoints.metadata import read
+from bge_core.checkpoints.source import Source
+from bge_core.tokenizer import TokenSequence
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+
+DEVICE = "cuda"
+DTYPES = ["float32", "bfloat16", "float16"]
+TEXTS = [
+    "panda",
+    "",
+    "a cat and a panda " * 9,
+    *(f"{n} {'cat ' * (n * 7 % 60)}" for n in range(60)),
+]
+PAIRS = [("a panda", text) for text in TEXTS]
+EMBEDDERS = {
+    "BERT, cls": ("en_folder", {}, "cls"),
+    "BERT, mean": ("en_folder", {"pooling": "mean"}, "mean"),
+    "XLM-RoBERTa, cls": ("m3_folder", {}, "cls"),
+    "decoder, last": ("reasoner_folder", {}, "last"),
+}
+
+
+def agree(found, expected, dtype):
+    if dtype == "float32":
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        return
+    # One step of bfloat16 beside 1 is 0.008.
+    cosines = (found * expected).sum(1)
+    cosines /= np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    assert cosines.min() > (0.999 if dtype == "float16" else 0.99)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", EMBEDDERS)
+def test_vectors_are_those_of_plain_transformers(kind, dtype, request, reference_embed):
+    name, options, pooling = EMBEDDERS[kind]
+    folder = request.getfixturevalue(name)
+    with Embedder(folder, device=DEVICE, dtype=dtype, **options) as embedder:
+        together = embedder.embed_documents(TEXTS)
+        alone = np.concatenate([embedder.embed_documents([text]) for text in TEXTS[:9]])
+        with Embedder(folder, device="cpu", **options) as on_cpu:
+            same = on_cpu.embed_documents(TEXTS)
+    agree(together, same, dtype)
+    agree(together[:9], alone, dtype)
+    if name == "en_folder":
+        agree(together, reference_embed(folder, TEXTS, pooling), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["reranker_folder", "bert_reranker_folder"])
+def test_scores_are_those_of_plain_transformers(name, dtype, request, reference_score):
+    folder = request.getfixturevalue(name)
+    with Reranker(folder, device=DEVICE, dtype=dtype, normalize=False) as reranker:
+        scores = reranker.score_pairs(PAIRS)
+    expected = reference_score(folder, PAIRS)
+    atol = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
+    np.testing.assert_allclose(scores, expected, atol=atol * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", ["gemma_reranker_folder", "minicpm_folder", "lightweight_folder"])
+def test_decoders_that_rerank_give_what_they_give_on_a_cpu(name, request):
+    folder = request.getfixturevalue(name)
+    with (
+        Reranker(folder, device=DEVICE, dtype="float32", normalize=False) as here,
+        Reranker(folder, device="cpu", normalize=False) as there,
+    ):
+        np.testing.assert_allclose(
+            here.score_pairs(PAIRS), there.score_pairs(PAIRS), atol=1e-3, rtol=1e-3
+        )
+
+
+def test_all_three_outputs_of_bge_m3_are_those_of_a_cpu(m3_folder):
+    with (
+        M3Embedder(m3_folder, device=DEVICE, dtype="float32") as here,
+        M3Embedder(m3_folder, device="cpu") as there,
+    ):
+        found, expected = (
+            one.encode(TEXTS, sparse=True, multi_vector=True) for one in (here, there)
+        )
+    np.testing.assert_allclose(found.dense, expected.dense, atol=1e-4)
+    for one, other in zip(found.multi_vector, expected.multi_vector, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    for one, other in zip(found.sparse, expected.sparse, strict=True):
+        assert one.keys() == other.keys()
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def pack_of(*lengths):
+    return Pack([TokenSequence([5] * n, n) for n in lengths], torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("causal", "window", "key_heads"),
+    [(False, None, 4), (True, None, 2), (True, 8, 2), (False, 8, 4)],
+)
+def test_attention_of_a_pack_is_that_of_each_sequence(dtype, head_dim, causal, window, key_heads):
+    pack = pack_of(1, 3, 3, 17, 40)
+    torch.manual_seed(0)
+    made = [
+        torch.randn(pack.tokens, heads, head_dim, device=DEVICE, dtype=getattr(torch, dtype))
+        for heads in (4, key_heads, key_heads)
+    ]
+    with torch.inference_mode():
+        found = attend(*made, pack, causal=causal, sliding_window=window)
+        if key_heads == 4:  # no encoder shares keys among its heads
+            first = attend_first(made[0][pack.first_token_indices()], *made[1:], pack)
+    at = 0
+    for number, length in enumerate(pack.lengths):
+        query, key, value = (
+            rows[at : at + length].float().repeat_interleave(4 // rows.shape[1], 1) for rows in made
+        )
+        scores = torch.einsum("qhd,khd->hqk", query, key) * head_dim**-0.5
+        place = torch.arange(length, device=DEVICE)
+        distance = place[:, None] - place[None, :]
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if causal:
+            hidden |= distance < 0
+        if window:
+            hidden |= distance.abs() >= window
+        expected = torch.einsum(
+            "hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value
+        )
+        atol = 1e-4 if dtype == "float32" else 3e-2
+        torch.testing.assert_close(found[at : at + length].float(), expected, atol=atol, rtol=1e-2)
+        if key_heads == 4:
+            whole = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)[0]
+            torch.testing.assert_close(first[number].float(), whole, atol=atol, rtol=1e-2)
+        at += length
+
+
+def test_one_call_attends_in_float32_too():
+    """Else each length is a call: right, and slow."""
+    assert packing._works(torch.device("cuda:0"), torch.float32, 32)
+
+
+def test_the_mean_is_that_of_each_sequence():
+    pack = pack_of(1, 3, 3, 17)
+    hidden = torch.randn(pack.tokens, 32, device=DEVICE)
+    expected = torch.stack([own.mean(0) for own in hidden.split(pack.lengths)])
+    torch.testing.assert_close(POOLS["mean"](hidden, pack), expected)
+
+
+def test_out_of_memory_is_split_and_loses_nothing(en_folder, caplog):
+    texts = [f"{n} {'panda ' * 500}" for n in range(600)]
+    with Embedder(en_folder, device=DEVICE, dtype="float32", batch_tokens=1 << 24) as embedder:
+        embedder.embed_documents(texts[:1])
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        room = torch.cuda.memory_reserved() + (64 << 20)
+        torch.cuda.set_per_process_memory_fraction(room / total)
+        try:
+            with caplog.at_level(logging.WARNING, logger="bge_core"):
+                vectors = embedder.embed_documents(texts)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory on a pack" in caplog.text
+    with Embedder(en_folder, device="cpu") as on_cpu:
+        np.testing.assert_allclose(vectors[:20], on_cpu.embed_documents(texts[:20]), atol=1e-4)
+    assert np.isfinite(vectors).all()
+
+
+def test_queries_are_answered_while_bulk_work_goes_on(en_folder):
+    with Embedder(en_folder, device=DEVICE) as embedder:
+        (runner,) = embedder.local.loaded().runners["interactive"]
+        assert isinstance(runner, OverlappingRunner)
+        assert runner.overlaps
+        expected = embedder.embed_queries(["a panda"])
+        texts = [f"{n} {'panda cat ' * 200}" for n in range(20_000)]
+        bulk = threading.Thread(target=embedder.embed_documents, args=(texts,))
+        bulk.start()
+        answered = 0
+        while bulk.is_alive():
+            agree(embedder.embed_queries(["a panda"]), expected, "float16")
+            answered += 1
+        bulk.join()
+    assert answered >= 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told_what_to_do(en_folder):
+    with Embedder(en_folder, device=DEVICE) as embedder:
+        embedder.embed_queries(["a panda"])
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            said = "computed"
+            try:
+                embedder.embed_queries(["a panda"])
+            except ComputationError as exc:
+                said = str(exc)
+            finally:
+                os.write(write, said.encode())
+                os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        with os.fdopen(read) as pipe:
+            assert "'spawn'" in pipe.read()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_what_overflows_in_float16_is_computed_again(pooling, tmp_path):
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.3,
+    )
+    model = transformers.BertModel(config).eval()
+    pattern = torch.tensor([1.0, -1.0]).repeat(16)
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[99] = 10 * pattern
+        layer.attention.output.dense.weight *= 0.01
+        layer.intermediate.dense.weight[0] = 3e3 * pattern
+    model.save_pretrained(tmp_path)
+    options = RunnerOptions(kind="embedder", pooling=pooling, dtype="float16")
+    runner = load_runner(read(Source.of(tmp_path), tmp_path), options, device="cuda:0")
+    texts = [TokenSequence(ids, 4) for ids in ([5, 6, 7, 8], [99, 6, 7, 8])]
+    with torch.inference_mode():
+        assert not np.isfinite(runner._launch(texts)()).all()
+        hidden = [model(input_ids=torch.tensor([text.ids]))[0][0] for text in texts]
+    expected = [own[0] if pooling == "cls" else own.mean(0) for own in hidden]
+    agree(runner.run(texts), torch.stack(expected).numpy(), "bfloat16")
