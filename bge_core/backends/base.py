@@ -284,7 +284,8 @@ def begin_copy(rows: Tensor) -> Callable[[], NDArray[np.float32]]:
     # Without blocking it would wait with a whole core.
     cuda: Any = torch.cuda  # whose classes have no types
     done = cuda.Event(blocking=True)
-    done.record()
+    # Of the rows' device: a thread that loads a model may be at another one.
+    done.record(cuda.current_stream(rows.device))
 
     def fetch() -> NDArray[np.float32]:
         done.synchronize()
