@@ -95,6 +95,8 @@ class Page:
             .classes("w-full")
         )
         self._upload.set_visibility(False)
+        self._files = ui.label().classes("files text-xs opacity-70")
+        self._files.set_visibility(False)
         with ui.row().classes("w-full items-center gap-3 no-wrap"):
             self._question = (
                 ui.input("Your question", value=QUESTIONS[self._corpus])
@@ -124,7 +126,7 @@ class Page:
     async def _take_corpus(self, event: events.ValueChangeEventArguments[str]) -> None:
         self._corpus, self._asked, self._shown.content = event.value, "", ""
         self._latest += 1
-        self._upload.set_visibility(self._corpus == FILES)
+        self._show_files()
         self._question.set_value(QUESTIONS[self._corpus])
         self._say("")
         if self._corpus != FILES or self._bench.files:
@@ -134,11 +136,17 @@ class Page:
         files = [(file.name, await file.read()) for file in event.files]
         refused = await asyncio.to_thread(self._bench.drop, files)
         self._upload.reset()
+        self._show_files()
         self._say(" ".join(refused))
         if len(refused) < len(files):
             self._bench.prepare(FILES, self._switches.host)
             if self._asked:
                 await self._answer()
+
+    def _show_files(self) -> None:
+        self._upload.set_visibility(self._corpus == FILES)
+        self._files.text = ", ".join(self._bench.files)
+        self._files.set_visibility(self._corpus == FILES and bool(self._bench.files))
 
     async def _switch(self, **changed: bool | str) -> None:
         self._switches = replace(self._switches, **changed)  # type: ignore[arg-type]

@@ -45,9 +45,14 @@ body, body.body--dark { background: var(--ground); color: var(--ink); }
 .text.clamped { max-height: 10.2em; overflow: auto; }
 .hit mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 1px; }
 .hit details { margin: 3px 0 0 calc(1.6em + 8px); color: var(--soft); }
-.hit summary { cursor: pointer; font-size: 12px; }
+.hit summary { cursor: pointer; font-size: 12px; list-style: none; }
+.hit summary::before { content: "▸ "; }
+.hit details[open] summary::before { content: "▾ "; }
 .hit details div { white-space: pre-line; max-height: 24em; overflow: auto; color: var(--ink); }
-.off { color: var(--soft); }
+.q-uploader { max-height: none; background: var(--card); }
+.q-uploader__header { background: transparent; color: var(--ink); }
+.q-uploader__subtitle { display: none; }
+.q-uploader__list { min-height: 0; padding: 0; }
 @media (max-width: 760px) { .columns { grid-template-columns: 1fr; } }
 """
 
