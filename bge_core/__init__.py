@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from bge_core.checkpoints.catalog import Profile, register, supported_models
+from bge_core.checkpoints.catalog import PairPrompt, Profile, register, supported_models
 from bge_core.embedder import Embedder
 from bge_core.engine.stats import ModelStats
 from bge_core.errors import (
@@ -54,6 +54,7 @@ __all__ = [
     "M3Weights",
     "MissingExtraError",
     "ModelStats",
+    "PairPrompt",
     "Profile",
     "QueryExample",
     "Ranked",

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from bge_core import arguments
-from bge_core.checkpoints.catalog import find_profile
+from bge_core.checkpoints.catalog import find_profile, is_published
+from bge_core.dimensions import check_truncate_dim, kept_dimension
 from bge_core.engine.call import Call, adrive, drive
 from bge_core.engine.local_model import LocalModel
 from bge_core.engine.model import HasModel
-from bge_core.engine.progress import progress_bar
 from bge_core.lifecycle import fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
+from bge_core.progress import progress_bar
 from bge_core.prompts import QueryExample, resolve_prompts
 from bge_core.tokenizer import can_tokenize_inline
 from bge_core.windows import compute_windows, split
@@ -49,7 +50,9 @@ class Embedder(HasModel):
         query_instruction: Put in front of queries, never of documents. None for the one that
             the model card gives, `""` for none. Of a decoder it is the task alone, which goes
             into the template that the model was trained with.
-        task_description: A decoder's word for the same: what its queries are, and what is to be
+        document_instruction: Put in front of documents, for models that were trained with one
+            (E5: `"passage: "`). None for the checkpoint's own prompt, which BGE's have none of.
+        task_description: A decoder's word for the queries': what they are, and what is to be
             found for them, in a sentence.
         examples: Queries and their answers that bge-en-icl sees in front of each query, as
             `QueryExample` or dicts of `query`, `response` and, where it is another than the
@@ -59,6 +62,9 @@ class Embedder(HasModel):
         pooling: `"cls"`, `"mean"` or `"last"`; None for what the checkpoint says.
         normalize: Scale vectors to unit length, so that a dot product is the cosine. False
             gives the pooled vector as it is.
+        truncate_dim: How many of a vector's numbers are kept, the first ones, before it is
+            normalised: of models that were trained for it (Matryoshka). None for what the
+            checkpoint says, which is mostly all.
         long_passages: What happens with a document that doesn't fit: `"truncate"` reads its
             beginning; `"window"` reads all of it, in overlapping windows, and the vector is the
             mean of their pooled vectors, normalised then. One that fits has the same vector
@@ -87,11 +93,13 @@ class Embedder(HasModel):
         model: str | os.PathLike[str],
         *,
         query_instruction: str | None = None,
+        document_instruction: str | None = None,
         task_description: str | None = None,
         examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
         task: str | None = None,
         pooling: str | None = None,
         normalize: bool = True,
+        truncate_dim: int | None = None,
         long_passages: str = "truncate",
         **options: Unpack[ModelArguments],
     ) -> None:
@@ -101,10 +109,12 @@ class Embedder(HasModel):
         self._set_up(
             local,
             query_instruction=query_instruction,
+            document_instruction=document_instruction,
             task_description=task_description,
             examples=examples,
             task=task,
             normalize=normalize,
+            truncate_dim=truncate_dim,
             long_passages=long_passages,
         )
         known = local.is_local_folder or find_profile(local.model, "embedder") is not None
@@ -116,27 +126,31 @@ class Embedder(HasModel):
         model: TextModel,
         *,
         query_instruction: str | None,
+        document_instruction: str | None,
         task_description: str | None,
         examples: Iterable[QueryExample | Mapping[str, str]] | None,
         task: str | None,
         normalize: bool,
+        truncate_dim: int | None,
         long_passages: str,
     ) -> None:
         """Check what is the same here and on a server."""
-        if query_instruction is not None:
-            query_instruction = arguments.text("query_instruction", query_instruction)
-        if task_description is not None:
-            task_description = arguments.text("task_description", task_description)
         self._model = model
-        self._instruction = query_instruction
-        self._task_description = task_description
+        self._instruction = _text_or_none("query_instruction", query_instruction)
+        self._document_instruction = _text_or_none("document_instruction", document_instruction)
+        self._task_description = _text_or_none("task_description", task_description)
         self._examples = QueryExample.all_of(examples)
         self._task = task
         self._normalize = arguments.flag("normalize", normalize)
+        self._truncate_dim = check_truncate_dim(
+            truncate_dim, model=model.model, width=model.known_dimension
+        )
         self._long_passages = arguments.one_of(
             "long_passages", long_passages, arguments.LONG_PASSAGES
         )
         self._resolved: PromptTemplate | None = None
+        if self._document_instruction:
+            _warn_of_document_instruction(model.model)
 
     @property
     def dimension(self) -> int:
@@ -159,6 +173,8 @@ class Embedder(HasModel):
         runs can't be known: there the model's name stands for it. For the namespaces of caches.
         """
         template = self._template
+        # Nothing where nothing is asked for: a cache's names are older than the argument.
+        kept = () if self._truncate_dim is None else ("truncate_dim", self._truncate_dim)
         return fingerprint_of(
             *self._model.fingerprint,
             self._normalize,
@@ -167,6 +183,7 @@ class Embedder(HasModel):
             template.document_prefix,
             template.few_shot_prefix,
             template.query_suffix,
+            *kept,
         )
 
     def embed_queries(
@@ -206,7 +223,7 @@ class Embedder(HasModel):
         priority: Priority = "background",
         show_progress: bool = False,
     ) -> NDArray[np.float32]:
-        """Embed documents, as they are.
+        """Embed documents, as they are, or with the document instruction where there is one.
 
         Args:
             texts: Documents; an empty one is embedded as the model itself would.
@@ -249,7 +266,10 @@ class Embedder(HasModel):
             queries = [prefix + query for query in queries]
         self._begin(len(queries))
         call = Call(
-            queries, prompt=prefix, around=(template.few_shot_prefix, template.query_suffix)
+            queries,
+            prompt=prefix,
+            around=(template.few_shot_prefix, template.query_suffix),
+            what="queries",
         )
         yield from self._model.steps(call, priority=priority)
         return self._vectors(call.to_array()) if queries else (yield from self._no_vectors())
@@ -264,9 +284,11 @@ class Embedder(HasModel):
             return (yield from self._embed_windows(documents, priority, show_progress))
         if prefix := self._template.document_prefix:
             documents = [prefix + document for document in documents]
-        call = Call(documents, prompt=prefix)
-        with progress_bar(len(call.items), show=show_progress) as progress:
+        call = Call(documents, prompt=prefix, what="documents", windows=True)
+        with progress_bar(len(documents), show=show_progress) as progress:
             yield from self._model.steps(call, priority=priority, progress=progress)
+            if progress is not None and len(call.items) < len(documents):
+                progress(len(documents) - len(call.items))  # those that are equal to another
         return self._vectors(call.to_array()) if documents else (yield from self._no_vectors())
 
     def _embed_windows(
@@ -303,19 +325,24 @@ class Embedder(HasModel):
         return np.empty((0, (yield from self._dimension())), dtype=np.float32)
 
     def _dimension(self) -> Steps[int]:
-        width, kept = self._model.dimension, self._model.truncate_dim
+        width = self._model.dimension
         if width is None:
             call = Call(["a"], reports=False)
             yield from self._model.steps(call, priority="interactive")
             width = int(call.to_array().shape[1])
-        return width if kept is None else min(width, kept)
+        return self._kept(width)
+
+    def _kept(self, width: int) -> int:
+        return kept_dimension(
+            self._truncate_dim, saved=self._model.truncate_dim, width=width, model=self.model
+        )
 
     def _vectors(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             which = f"texts[{int(finite.argmin())}]"
             raise self._model.non_finite_error(which)
-        if (kept := self._model.truncate_dim) is not None:
+        if (kept := self._kept(rows.shape[1])) < rows.shape[1]:
             rows = np.ascontiguousarray(rows[:, :kept])
         if self._normalize:
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -336,11 +363,31 @@ class Embedder(HasModel):
                 profile,
                 {} if profile else self._model.prompts,
                 query_instruction=self._instruction,
+                document_instruction=self._document_instruction,
                 task_description=self._task_description,
                 task=self._task,
                 examples=self._examples,
             )
         return self._resolved
+
+
+def _text_or_none(name: str, value: object) -> str | None:
+    return None if value is None else arguments.text(name, value)
+
+
+def _warn_of_document_instruction(model: str) -> None:
+    # By its own name: what was trained from it may have been trained with one.
+    profile = find_profile(model, "embedder")
+    if profile is None or profile.tasks or not is_published(profile):
+        return
+    if model not in _warned_of_documents:
+        _warned_of_documents.add(model)
+        logger.warning(
+            "document_instruction is put in front of documents as asked, but %r was trained "
+            "without one, and its card says that documents get none: leave it out unless you "
+            "measured that it helps.",
+            model,
+        )
 
 
 def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:
@@ -363,3 +410,4 @@ def _warn_of_no_instruction(model: str, profile: Profile | None) -> None:
 
 
 _warned_models: set[str] = set()
+_warned_of_documents: set[str] = set()

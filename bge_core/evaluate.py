@@ -27,9 +27,9 @@ import numpy as np
 
 from bge_core.beir import Questions, read_beir
 from bge_core.embedder import Embedder
-from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, BGEError, MissingExtraError, needs_extra
 from bge_core.factory import make_reranker
+from bge_core.progress import progress_bar
 from bge_core.reranker import Scorer
 
 if TYPE_CHECKING:

@@ -438,11 +438,15 @@ def resolved_settings(core: Embedder | M3Embedder | Scorer) -> ResolvedSettings:
 
 
 class PromptFields(LocalModelFields):
-    """What goes in front of an embedder's queries."""
+    """What goes in front of an embedder's texts, and how long its vectors are."""
 
     query_instruction: str | None = Field(default=None, frozen=True)
     """Put in front of queries; None for the one that the model card gives, `""` for none. Of a
     decoder it is the task alone, which goes into the template that the model was trained with."""
+
+    document_instruction: str | None = Field(default=None, frozen=True)
+    """Put in front of documents, for models that were trained with one (E5: `"passage: "`); None
+    for the checkpoint's own prompt, which BGE's have none of."""
 
     task_description: str | None = Field(default=None, frozen=True)
     """A decoder's word for `query_instruction`: what its queries are and what is to be found for
@@ -454,6 +458,17 @@ class PromptFields(LocalModelFields):
 
     task: str | None = Field(default=None, frozen=True)
     """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
+
+    truncate_dim: int | None = Field(default=None, frozen=True, strict=True)
+    """How many of a vector's numbers are kept, the first ones, before it is normalised: of models
+    that were trained for it (Matryoshka); None for what the checkpoint says, mostly all."""
+
+    def _options(self) -> dict[str, Any]:
+        own = (
+            *("query_instruction", "document_instruction", "task_description", "examples"),
+            *("task", "truncate_dim"),
+        )
+        return super()._options() | {name: getattr(self, name) for name in own}
 
 
 class RerankerFields(LocalModelFields):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Unpack, cast, overload
 
 import numpy as np
 
@@ -16,20 +16,22 @@ from bge_core.backends.loading import load_head
 from bge_core.backends.output_cache import share_outputs
 from bge_core.checkpoints.catalog import find_profile
 from bge_core.checkpoints.metadata import is_m3_architecture, missing_head_error
+from bge_core.dimensions import check_truncate_dim, kept_dimension
 from bge_core.engine.call import Call, adrive, drive, slices_of
 from bge_core.engine.local_model import LocalModel
 from bge_core.engine.model import HasModel
 from bge_core.engine.process import hold_interpreter_exit
-from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.lifecycle import fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
+from bge_core.progress import progress_bar
 from bge_core.reranker import Scored, Scorer
 from bge_core.tokenizer import can_tokenize_inline
 from bge_core.windows import score_windows, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import TypeVar
 
     from bge_core.arguments import Priority
     from bge_core.backends.m3_heads import M3Row
@@ -140,6 +142,68 @@ class M3Outputs:
     tokens: list[dict[str, float]] | None = None
 
 
+if TYPE_CHECKING:
+    # What was asked of `encode`, as far as it is known before the code runs.
+    Dense = TypeVar("Dense", Literal[True], Literal[False], bool, default=Literal[True])
+    Sparse = TypeVar("Sparse", Literal[True], Literal[False], bool, default=Literal[True])
+    MultiVector = TypeVar(
+        "MultiVector", Literal[True], Literal[False], bool, default=Literal[False]
+    )
+    Tokens = TypeVar("Tokens", Literal[True], Literal[False], bool, default=Literal[False])
+
+    class _Dense:
+        @overload
+        def __get__(
+            self, outputs: Asked[Literal[True], Any, Any, Any], owner: Any = ..., /
+        ) -> NDArray[np.float32]: ...
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Any, Any, Any], owner: Any = ..., /
+        ) -> NDArray[np.float32] | None: ...
+        def __get__(self, outputs: Any, owner: Any = None, /) -> Any: ...
+
+    class _Sparse:
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Literal[True], Any, Any], owner: Any = ..., /
+        ) -> list[dict[int, float]]: ...
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Any, Any, Any], owner: Any = ..., /
+        ) -> list[dict[int, float]] | None: ...
+        def __get__(self, outputs: Any, owner: Any = None, /) -> Any: ...
+
+    class _MultiVector:
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Any, Literal[True], Any], owner: Any = ..., /
+        ) -> list[NDArray[np.float32]]: ...
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Any, Any, Any], owner: Any = ..., /
+        ) -> list[NDArray[np.float32]] | None: ...
+        def __get__(self, outputs: Any, owner: Any = None, /) -> Any: ...
+
+    class _Tokens:
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Any, Any, Literal[True]], owner: Any = ..., /
+        ) -> list[dict[str, float]]: ...
+        @overload
+        def __get__(
+            self, outputs: Asked[Any, Any, Any, Any], owner: Any = ..., /
+        ) -> list[dict[str, float]] | None: ...
+        def __get__(self, outputs: Any, owner: Any = None, /) -> Any: ...
+
+    class Asked(M3Outputs, Generic[Dense, Sparse, MultiVector, Tokens]):
+        """`M3Outputs` for type checkers: what was asked for is there, the rest may be None."""
+
+        dense: _Dense
+        sparse: _Sparse
+        multi_vector: _MultiVector
+        tokens: _Tokens
+
+
 class M3Embedder(HasModel):
     """bge-m3: a dense vector, a weight a token, and a vector a token, from one forward pass.
 
@@ -154,6 +218,7 @@ class M3Embedder(HasModel):
             `Embedder` on the same model: whoever asks first for the dense or the sparse output of
             some texts leaves the other, at most 64 MiB, for the second. For vector stores, which
             ask for one after the other.
+        truncate_dim: How many of a dense vector's numbers are kept, as `Embedder` takes it.
         **options: `device`, `dtype`, `use_fp16`, `max_length`, `batch_tokens`, `on_truncation`,
             `backend`, `cache_folder`, `revision`, `local_files_only`, `trust_remote_code` and
             `token`, as `bge_core.options.ModelOptions` describes them. `backend="auto"` is torch
@@ -181,6 +246,7 @@ class M3Embedder(HasModel):
         model: str | os.PathLike[str],
         *,
         share_outputs: bool = False,
+        truncate_dim: int | None = None,
         **options: Unpack[ModelArguments],
     ) -> None:
         self._share = arguments.flag("share_outputs", share_outputs)
@@ -197,13 +263,18 @@ class M3Embedder(HasModel):
             raise ArgumentError(msg)
         self._model = local
         self._check_architecture()
+        self._truncate_dim = check_truncate_dim(
+            truncate_dim, model=local.model, width=local.known_dimension
+        )
         self._init_process_state()
 
     @property
     def dimension(self) -> int:
         """Length of a dense vector."""
-        width, kept = self.checkpoint.hidden_size, self.checkpoint.truncate_dim
-        return width if kept is None else min(width, kept)
+        found = self.checkpoint
+        return kept_dimension(
+            self._truncate_dim, saved=found.truncate_dim, width=found.hidden_size, model=self.model
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -211,7 +282,8 @@ class M3Embedder(HasModel):
 
         As `Embedder.fingerprint`: the weights and the length count, not the device or the place.
         """
-        return fingerprint_of("m3", *self._model.fingerprint)
+        kept = () if self._truncate_dim is None else ("truncate_dim", self._truncate_dim)
+        return fingerprint_of("m3", *self._model.fingerprint, *kept)
 
     def require(self, *outputs: Output) -> None:
         """Refuse a checkpoint that can't give some outputs, where that is known by now.
@@ -239,13 +311,13 @@ class M3Embedder(HasModel):
         self,
         texts: Iterable[str],
         *,
-        dense: bool = True,
-        sparse: bool = True,
-        multi_vector: bool = False,
-        return_tokens: bool = False,
+        dense: Dense = True,  # type: ignore[assignment]
+        sparse: Sparse = True,  # type: ignore[assignment]
+        multi_vector: MultiVector = False,  # type: ignore[assignment]
+        return_tokens: Tokens = False,  # type: ignore[assignment]
         priority: Priority = "background",
         show_progress: bool = False,
-    ) -> M3Outputs:
+    ) -> Asked[Dense, Sparse, MultiVector, Tokens]:
         """Encode texts; one forward pass a distinct text gives all that is asked for.
 
         Args:
@@ -259,7 +331,7 @@ class M3Embedder(HasModel):
             show_progress: Show a progress bar.
 
         Returns:
-            The outputs, in the order of the texts.
+            The outputs, in the order of the texts. Type checkers know what was asked for.
 
         Raises:
             ArgumentError: Nothing is asked for, or a text is not valid Unicode.
@@ -270,24 +342,26 @@ class M3Embedder(HasModel):
             TruncationError: A text is too long and `on_truncation="error"`.
         """
         asked = self._asked(dense, sparse, multi_vector, return_tokens)
-        return drive(self._encode(texts, asked, return_tokens, priority, show_progress))
+        steps = self._encode(texts, asked, return_tokens, priority, show_progress)
+        return cast("Asked[Dense, Sparse, MultiVector, Tokens]", drive(steps))
 
     async def aencode(
         self,
         texts: Iterable[str],
         *,
-        dense: bool = True,
-        sparse: bool = True,
-        multi_vector: bool = False,
-        return_tokens: bool = False,
+        dense: Dense = True,  # type: ignore[assignment]
+        sparse: Sparse = True,  # type: ignore[assignment]
+        multi_vector: MultiVector = False,  # type: ignore[assignment]
+        return_tokens: Tokens = False,  # type: ignore[assignment]
         priority: Priority = "background",
         show_progress: bool = False,
-    ) -> M3Outputs:
+    ) -> Asked[Dense, Sparse, MultiVector, Tokens]:
         """Encode texts without blocking the event loop; see `encode`."""
         asked = self._asked(dense, sparse, multi_vector, return_tokens)
         steps = self._encode(texts, asked, return_tokens, priority, show_progress)
         ready = self._ready(asked)
-        return await adrive(steps, inline=can_tokenize_inline(texts), at_once=ready)
+        outputs = await adrive(steps, inline=can_tokenize_inline(texts), at_once=ready)
+        return cast("Asked[Dense, Sparse, MultiVector, Tokens]", outputs)
 
     def score(
         self,
@@ -343,6 +417,7 @@ class M3Embedder(HasModel):
         show_progress: bool,
         *,
         begins: bool = True,
+        windows: bool = False,
     ) -> Steps[NDArray[np.float32]]:
         """Score pairs step by step, as `score` and `ascore` do; see `Steps`.
 
@@ -351,10 +426,12 @@ class M3Embedder(HasModel):
             weights: How much each output counts.
             priority: As `score` takes it.
             show_progress: Show a progress bar.
-            begins: Whether it is a call of its own for `stats`, and no part of one.
+            begins: Whether it is a call of its own, for `stats` and for what is said of texts that
+                are too long; False for a part of one.
+            windows: As of `Call`.
         """
         known = arguments.pairs("pairs", pairs)
-        call = _Scoring(known, weights, self._read)
+        call = _Scoring(known, weights, self._read, reports=begins, windows=windows)
         asked = len(known) if begins else None
         yield from self._compute(call, weights.outputs, priority, show_progress, asked)
         return call.scores
@@ -387,8 +464,8 @@ class M3Embedder(HasModel):
 
     def _check_architecture(self) -> None:
         """Refuse what is known by now to have another architecture than bge-m3."""
-        if self._model.is_local_folder:
-            _check_architecture(self.checkpoint)
+        if (found := self._model.known_checkpoint) is not None:
+            _check_architecture(found)
         elif (profile := find_profile(self.model, "embedder")) and profile.family != "xlm-roberta":
             raise _missing_output_error(self.model, "sparse")
 
@@ -440,8 +517,10 @@ class M3Embedder(HasModel):
             self._begin(asked)
         if call.items:
             self._check_heads(outputs)
-        with progress_bar(len(call.items), show=show_progress) as progress:
+        with progress_bar(len(call.inverse), show=show_progress) as progress:
             yield from self._model.steps(call, priority=priority, progress=progress)
+            if progress is not None and len(call.items) < len(call.inverse):
+                progress(len(call.inverse) - len(call.items))  # those that are equal to another
 
     def _check_heads(self, outputs: frozenset[Output]) -> None:
         """Refuse a missing or damaged layer here: in a worker it would fail its whole pack."""
@@ -484,7 +563,7 @@ class M3Embedder(HasModel):
             raise self._model.non_finite_error(call.describe_item(index))
         dense, sparse = row.dense, {}
         if dense is not None:
-            dense = dense[: self._model.truncate_dim]
+            dense = dense[: self.dimension]
             dense = dense / np.maximum(np.linalg.norm(dense), np.finfo(np.float32).tiny)
         if row.sparse is not None:
             special = self._model.tokenizer().special_token_ids
@@ -508,6 +587,8 @@ class _Scoring(Call[str]):
         pairs: The pairs to be scored.
         weights: How much each output counts.
         read: Makes a text's outputs of its row.
+        reports: As of `Call`.
+        windows: As of `Call`.
     """
 
     shares_outputs = False
@@ -518,11 +599,19 @@ class _Scoring(Call[str]):
         pairs: Sequence[tuple[str, str]],
         weights: M3Weights,
         read: Callable[[M3Row, Call[str], int], _Text],
+        *,
+        reports: bool,
+        windows: bool,
     ) -> None:
         queries = dict.fromkeys(query for query, _ in pairs)
         texts = queries | dict.fromkeys(passage for _, passage in pairs)
         # Queries first: they stay, and a passage goes when its pairs are scored.
-        super().__init__(list(texts), requested_outputs=weights.outputs)
+        super().__init__(
+            list(texts),
+            requested_outputs=weights.outputs,
+            reports=reports,
+            windows=windows,
+        )
         position = {text: index for index, text in enumerate(texts)}
         self.scores = np.zeros(len(pairs), dtype=np.float32)
         self._weights = weights.named()
@@ -530,13 +619,18 @@ class _Scoring(Call[str]):
         self._queries = len(queries)
         self._held: list[_Text | None] = []
         self._pending: dict[int, list[tuple[int, int, int]]] = {}
-        for index, (query, passage) in enumerate(pairs):
-            ends = position[query], position[passage]
+        self._ends = [(position[query], position[passage]) for query, passage in pairs]
+        for index, ends in enumerate(self._ends):
             self._pending.setdefault(max(ends), []).append((index, *ends))
 
     def slices(self) -> Iterator[slice]:
         """Cut by characters, since token vectors are large; a longer text is a slice of its own."""
         return slices_of(self.items, characters=_SCORED_CHARACTERS)
+
+    def truncated_pairs(self) -> list[int] | None:
+        """Return the places of the pairs with a truncated text."""
+        found = enumerate(self._ends)
+        return [index for index, ends in found if any(self.truncated[end] for end in ends)]
 
     def describe_item(self, index: int) -> str:
         """Return a text's name for a message: it may be in any number of pairs."""
@@ -665,7 +759,7 @@ class M3Reranker(Scorer):
     ) -> Steps[Scored]:
         def score(some: list[tuple[str, str]], _parts: object = None) -> Steps[NDArray[np.float32]]:
             return self._embedder.score_steps(
-                some, self._weights, priority, show_progress, begins=not windowed
+                some, self._weights, priority, show_progress, begins=not windowed, windows=True
             )
 
         windowed = self._long_passages == "window" and bool(pairs)
@@ -676,6 +770,11 @@ class M3Reranker(Scorer):
         model = self._embedder.local
         tokenizer = model.tokenizer()
         layout = tokenizer.text_layout(model.max_length)
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        lengths = dict(
+            zip(queries, tokenizer.encode(queries, max_length=model.max_length)[1], strict=True)
+        )
+        model.report_truncation("queries", [lengths[query] for query, _ in pairs])
         scores, spans = yield from score_windows(
             pairs, split_item=lambda pair: split(tokenizer, pair[1], layout), compute=score
         )

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_core.embedder import Embedder
-from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, InputTypeError, needs_extra
+from bge_core.progress import progress_bar
 from bge_core.reranker import Scorer
 
 if TYPE_CHECKING:

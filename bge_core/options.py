@@ -73,11 +73,13 @@ class EmbedderArguments(ModelArguments, ServerArguments, total=False):
     """The keywords of `Embedder` and `RemoteEmbedder`."""
 
     query_instruction: str | None
+    document_instruction: str | None
     task_description: str | None
     examples: Iterable[QueryExample | Mapping[str, str]] | None
     task: str | None
     pooling: str | None
     normalize: bool
+    truncate_dim: int | None
     long_passages: str
 
 

@@ -110,6 +110,7 @@ def resolve_prompts(
     prompts: Mapping[str, str],
     *,
     query_instruction: str | None,
+    document_instruction: str | None,
     task_description: str | None,
     task: str | None,
     examples: tuple[QueryExample, ...],
@@ -121,6 +122,7 @@ def resolve_prompts(
         profile: Its row in the table of published checkpoints; None if it has none.
         prompts: The checkpoint's own prompts by name, used where it has no row.
         query_instruction: The user's instruction; None for the checkpoint's.
+        document_instruction: The same in front of documents.
         task_description: The same, in the words of a decoder's card.
         task: llm-embedder's task.
         examples: bge-en-icl's examples.
@@ -147,9 +149,14 @@ def resolve_prompts(
         _no_examples(model, examples)
         _task_instruction(model, None, task)
         asked = prompts.get("query") if given is None else given
-        document = prompts.get("document") or prompts.get("passage") or ""
+        document = prompts.get("document", "")
+        if document_instruction is not None:
+            document = document_instruction
         return PromptTemplate(instruction=asked, query_prefix=asked or "", document_prefix=document)
     row = _task_instruction(model, profile, task)
+    document = "" if row is None else row.document
+    if document_instruction is not None:
+        document = document_instruction
     published = profile.query_instruction if row is None else row.query
     asked = published if given is None else given
     head, _, _ = profile.query_format.partition("{instruction}")
@@ -170,7 +177,7 @@ def resolve_prompts(
             _written(profile.example_format, example, asked, index)
             for index, example in enumerate(examples)
         ),
-        document_prefix="" if row is None else row.document,
+        document_prefix=document,
     )
 
 

@@ -15,11 +15,11 @@ from bge_core import arguments
 from bge_core.engine.call import Call, adrive, drive
 from bge_core.engine.local_model import LocalModel
 from bge_core.engine.model import HasModel
-from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError
 from bge_core.layers import LayerOptions
 from bge_core.lifecycle import ContextManaged, fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
+from bge_core.progress import progress_bar
 from bge_core.tokenizer import can_tokenize_inline
 from bge_core.windows import score_windows, split
 
@@ -400,7 +400,7 @@ class Reranker(HasModel, Scorer):
     def _logits(
         self, pairs: Sequence[Pair], priority: Priority, progress: Progress, *, reports: bool = True
     ) -> Steps[NDArray[np.float32]]:
-        call = Call(pairs, reports=reports)
+        call = Call(pairs, reports=reports, what="pairs", windows=True)
         yield from self._model.steps(call, priority=priority, progress=progress)
         if not pairs:
             return np.empty(0, dtype=np.float32)
@@ -420,8 +420,12 @@ class Reranker(HasModel, Scorer):
         layouts = dict(zip(queries, found, strict=True))
         model.report_truncation(
             "queries, with room left for a passage,",
-            sum(layouts[query].query_truncated for query, _ in pairs),
-            len(pairs),
+            [
+                len(layouts[query].before) + layouts[query].query_excess
+                if layouts[query].query_excess
+                else 0
+                for query, _ in pairs
+            ],
         )
         prefix = "" if prompt is None else prompt.passage
         return (

@@ -18,10 +18,10 @@ import numpy as np
 
 from bge_core.embedder import Embedder
 from bge_core.engine.call import Call, non_finite_error
-from bge_core.engine.progress import progress_bar
 from bge_core.engine.stats import Counters
 from bge_core.errors import ArgumentError, closed_error
 from bge_core.factory import make_embedder, make_reranker
+from bge_core.progress import progress_bar
 from bge_core.prompts import QueryExample
 from bge_core.reranker import Reranker
 from bge_core.servers.models import find_served_profile
@@ -71,10 +71,12 @@ def fake_embedder(model: str | os.PathLike[str], **options: Any) -> Embedder:
     embedder._set_up(
         FakeModel(made.model, max_length=options.get("max_length")),
         query_instruction=options.get("query_instruction"),
+        document_instruction=options.get("document_instruction"),
         task_description=options.get("task_description"),
         examples=examples,
         task=options.get("task"),
         normalize=options.get("normalize", True),
+        truncate_dim=options.get("truncate_dim"),
         long_passages=options.get("long_passages", "truncate"),
     )
     return embedder
@@ -132,6 +134,11 @@ class FakeModel:
         self._closed = False
 
     @property
+    def known_dimension(self) -> int | None:
+        """As `dimension`."""
+        return self.dimension
+
+    @property
     def prompts(self) -> Mapping[str, str]:
         """None: what has no row in the table gets no instruction."""
         return {}
@@ -185,7 +192,14 @@ class FakeModel:
         """Return what it was asked; nothing waits, and it has no tokens."""
         return self.counters.stats()
 
-    def report_truncation(self, what: str, truncated: int, total: int) -> None:
+    def report_truncation(
+        self,
+        what: str,
+        lengths: Sequence[int],
+        *,
+        pairs: Sequence[int] | None = None,
+        windows: bool = False,
+    ) -> None:
         """Do nothing: nothing is truncated."""
 
     def non_finite_error(self, which: str) -> ComputationError:

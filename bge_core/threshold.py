@@ -29,9 +29,9 @@ import numpy as np
 
 from bge_core.beir import json_lines, read_beir
 from bge_core.embedder import Embedder
-from bge_core.engine.progress import progress_bar
 from bge_core.errors import ArgumentError, BGEError, needs_extra
 from bge_core.factory import make_reranker
+from bge_core.progress import progress_bar
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # Tokenised in about a millisecond.
 _FEW_TEXTS = 32
 _FEW_CHARACTERS = 4096
+_SHOWN_PLACES = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,14 +87,14 @@ class SequenceLayout:
         after: Token ids behind it.
         max_text_tokens: Tokens of the text that fit.
         has_token_types: Whether token type 1 begins with the text.
-        query_truncated: Whether the query in front was truncated.
+        query_excess: Tokens of the query in front that were cut.
     """
 
     before: list[int]
     after: list[int]
     max_text_tokens: int
     has_token_types: bool = False
-    query_truncated: bool = False
+    query_excess: int = 0
 
 
 class Tokenizer:
@@ -151,7 +152,7 @@ class Tokenizer:
 
     def encode(
         self, texts: Sequence[str], *, max_length: int
-    ) -> tuple[list[TokenSequence], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[int]]:
         """Tokenise single texts.
 
         Args:
@@ -159,7 +160,8 @@ class Tokenizer:
             max_length: Tokens that may remain, special ones included.
 
         Returns:
-            A sequence a text, and of each text whether it was longer than `max_length`.
+            A sequence a text, and of each text its length where that is more than `max_length`,
+            else 0.
         """
         return self.fit([self.text_layout(max_length)] * len(texts), texts)
 
@@ -170,7 +172,7 @@ class Tokenizer:
         *,
         max_length: int,
         limit: int,
-    ) -> tuple[list[TokenSequence], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[int]]:
         """Tokenise (query, passage) pairs as FlagEmbedding does; see `passage_layouts`.
 
         Args:
@@ -180,7 +182,7 @@ class Tokenizer:
             limit: Tokens that may remain with the prompt's question.
 
         Returns:
-            A sequence a pair, and of each pair whether it was truncated.
+            A sequence a pair, and of each pair its length where it was truncated, else 0.
         """
         layouts = self.passage_layouts(
             [query for query, _ in pairs], prompt, max_length=max_length, limit=limit
@@ -190,7 +192,7 @@ class Tokenizer:
 
     def encode_between(
         self, texts: Sequence[str], *, around: tuple[str, str], max_length: int, limit: int
-    ) -> tuple[list[TokenSequence], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[int]]:
         """Tokenise texts that stand between two others which are never truncated.
 
         As FlagEmbedding and the model card do for bge-en-icl: the text is tokenised, truncated and
@@ -206,7 +208,8 @@ class Tokenizer:
             limit: Tokens that may remain of the whole, save for such spaces.
 
         Returns:
-            A sequence a text, and of each text whether it was truncated.
+            A sequence a text, and of each text its length where it was truncated, without what is
+            in front; else 0.
 
         Raises:
             ArgumentError: What stands around a text leaves no room for it.
@@ -224,7 +227,8 @@ class Tokenizer:
             raise ArgumentError(msg)
         kept, truncated = [], []
         for ids in self._ids(texts):
-            truncated.append(len(ids) > room)
+            length = len(ids) + behind + self.single_extra
+            truncated.append(length if len(ids) > room else 0)
             text = self._backend.decode(self._cut(ids, room), skip_special_tokens=False)
             kept.append(f"{before}{text}{after}")
         wholes = ([*self._prefix, *ids, *self._suffix] for ids in self._ids(kept))
@@ -282,22 +286,24 @@ class Tokenizer:
                 tail,
                 size,
                 has_token_types=prompt is not None or self._has_types,
-                query_truncated=len(ids) > query_room,
+                query_excess=max(len(ids) - query_room, 0),
             )
         return [layouts[query] for query in queries]
 
     def fit(
         self, layouts: Sequence[SequenceLayout], texts: Sequence[str]
-    ) -> tuple[list[TokenSequence], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[int]]:
         """Tokenise texts, truncate each to what its layout leaves, and put it there.
 
         Returns:
-            A sequence a text, and of each whether it or the query in front was truncated.
+            A sequence a text, and of each the whole's length where it or the query in front was
+            truncated, else 0.
         """
         sequences, truncated = [], []
         for layout, ids in zip(layouts, self._ids(texts), strict=True):
             size = layout.max_text_tokens
-            truncated.append(len(ids) > size or layout.query_truncated)
+            whole = len(layout.before) + layout.query_excess + len(ids) + len(layout.after)
+            truncated.append(whole if len(ids) > size or layout.query_excess else 0)
             sequences.append(self.build_sequence(layout, self._cut(ids, size)))
         return sequences, truncated
 
@@ -417,24 +423,50 @@ def can_tokenize_inline(items: object) -> bool:
 
 
 def report_truncation(
-    *, what: str, truncated: int, total: int, max_length: int, policy: str, model: str
+    *,
+    what: str,
+    lengths: Sequence[int],
+    pairs: Sequence[int] | None,
+    max_length: int,
+    capacity: int,
+    windows: bool,
+    policy: str,
+    model: str,
 ) -> None:
-    """Log how many texts were truncated, or refuse them.
+    """Log which texts were truncated and what would read them whole, or refuse them.
+
+    Args:
+        what: What the texts are, in the plural.
+        lengths: Of each text 0 where it was not truncated, else its tokens, special ones included.
+        pairs: The places of the pairs that they are in; None for texts that stand for themselves.
+        max_length: The tokens that are read.
+        capacity: The tokens that the model could read.
+        windows: Whether `long_passages="window"` would read all of them.
+        policy: `"warn"`, `"error"` or `"ignore"`.
+        model: The model's name.
 
     Raises:
         TruncationError: Some were and the policy is "error".
     """
+    truncated = [index for index, length in enumerate(lengths) if length]
     if not truncated or policy == "ignore":
         return
+    places, where = (truncated, "at") if pairs is None else (pairs, "in the pairs at")
+    shown = ", ".join(map(str, places[:_SHOWN_PLACES]))
+    more = ", ..." if len(places) > _SHOWN_PLACES else ""
     said = (
-        f"{truncated} of {total} {what} are longer than max_length={max_length} tokens of {model}"
+        f"{len(truncated)} of {len(lengths)} {what} are longer than max_length={max_length} tokens "
+        f"of {model} ({where} index {shown}{more}; the longest has {max(lengths)})"
     )
+    remedies = ["split or shorten them"]
+    if capacity > max_length:
+        remedies.append(f"raise max_length, of which the model takes {capacity}")
+    if windows:
+        remedies.append("pass long_passages='window', which reads them to their end")
     if policy == "error":
-        msg = (
-            f"{said}, and on_truncation='error' was asked for: split them, raise max_length if "
-            "the model takes more, or pass on_truncation='warn'."
-        )
+        remedies.append("pass on_truncation='warn'")
+    remedy = " or ".join([", ".join(remedies[:-1]), remedies[-1]] if remedies[1:] else remedies)
+    if policy == "error":
+        msg = f"{said}, and on_truncation='error' was asked for: {remedy}."
         raise TruncationError(msg)
-    logger.warning(
-        "%s: the rest was not read. Split them, or raise max_length if the model takes more.", said
-    )
+    logger.warning("%s: the rest was not read. %s%s.", said, remedy[:1].upper(), remedy[1:])

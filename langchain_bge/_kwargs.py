@@ -36,17 +36,17 @@ ENCODE_KEYS = {
 # They say how sentence-transformers works, not what comes out, which is lists in any case.
 _NO_EFFECT = ("batch_size", "convert_to_numpy", "convert_to_tensor")
 
-_QUERY = "write query_instruction='...', which goes in front of queries only"
+_PROMPT = "write query_instruction='...' and, for models that want one, document_instruction='...'"
 _HINTS = {
     "activation_fn": "write normalize=False for raw logits, normalize=True for their sigmoid",
     "attn_implementation": "the attention is this package's own, so leave it out",
-    "default_prompt_name": _QUERY,
+    "default_prompt_name": _PROMPT,
     "max_seq_length": "write max_length=...",
     "precision": "vectors are float32, so leave it out",
-    "prompt": _QUERY,
-    "prompt_name": _QUERY,
-    "prompts": _QUERY,
-    "truncate_dim": "vectors keep the checkpoint's dimension, so leave it out",
+    "prompt": _PROMPT,
+    "prompt_name": _PROMPT,
+    "prompts": _PROMPT,
+    "truncate_dim": "it is an embedding's: a score has no dimension, so leave it out",
 }
 
 

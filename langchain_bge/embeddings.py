@@ -24,21 +24,23 @@ __all__ = ["BGEEmbeddings"]
 _RENAMED = {
     "batch_size": "batches are sized in tokens: write batch_tokens=..., or leave it out",
     "client": "the model is loaded from its name: write model='...'",
-    "document_instruction": "documents are embedded as they are: leave it out",
     "multi_process": "write device=['cuda:0', 'cuda:1'] to use several devices",
     "query_encode_kwargs": "write query_instruction='...', which goes in front of queries only",
 }
 
 
+# In either dict of `HuggingFaceEmbeddings`.
+_LENGTH = {"truncate_dim": "truncate_dim"}
+
+
 class BGEEmbeddings(PromptFields, ServedModelFields, Embeddings):
     """A BGE embedding model, or any other that sentence-transformers can save.
 
-    Queries get the instruction that the model card gives, documents none (llm-embedder's tasks and
-    a checkpoint's own document prompt excepted). Texts are embedded
-    as they are, newlines included. Unlike `HuggingFaceBgeEmbeddings`, which it replaces, it takes
-    every setting as an argument of its own; `model_kwargs` and `encode_kwargs` are understood,
-    too. Arguments are checked at once; weights load at first use and are shared by all adapters
-    on the same model, revision, device and dtype.
+    Queries get the instruction that the model card gives, documents none unless the checkpoint or
+    `document_instruction` has one. Texts are embedded as they are, newlines included. Unlike
+    `HuggingFaceBgeEmbeddings`, which it replaces, it takes every setting as an argument of its own;
+    `model_kwargs` and `encode_kwargs` are understood, too. Arguments are checked at once; weights
+    load at first use and are shared by all adapters on the same model, revision, device and dtype.
 
     Raises:
         ArgumentError: An unknown argument, or a value that is not supported.
@@ -88,7 +90,7 @@ class BGEEmbeddings(PromptFields, ServedModelFields, Embeddings):
         return self._core.dimension
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Embed documents, as they are.
+        """Embed documents, as they are, or with `document_instruction` in front.
 
         Args:
             texts: Documents; equal ones are computed once.
@@ -130,23 +132,22 @@ class BGEEmbeddings(PromptFields, ServedModelFields, Embeddings):
 
     @classmethod
     def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        folded = fold(super()._normalize_arguments(arguments), of="model_kwargs", keys=MODEL_KEYS)
-        return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS)
+        folded = fold(
+            super()._normalize_arguments(arguments), of="model_kwargs", keys=MODEL_KEYS | _LENGTH
+        )
+        return fold(folded, of="encode_kwargs", keys=ENCODE_KEYS | _LENGTH)
 
     def _make_core(self) -> Embedder:
         if self.embed_instruction:
             msg = (
                 f"embed_instruction={shown(self.embed_instruction)} is not supported: BGE models "
-                "are trained with an instruction in front of queries only, so documents never "
-                "get one. Leave it out; query_instruction='...' is the queries'."
+                "are trained with an instruction in front of queries only. Leave it out; for "
+                "another model that wants one in front of documents it is "
+                "document_instruction='...', and query_instruction='...' is the queries'."
             )
             raise ArgumentError(msg)
         return self._factory(
             self.model,
-            query_instruction=self.query_instruction,
-            task_description=self.task_description,
-            examples=self.examples,
-            task=self.task,
             pooling=self.pooling,
             normalize=self.normalize_embeddings,
             **self._options(),

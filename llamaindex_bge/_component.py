@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ from bge_core.host_fields import (
     with_profiles,
     without_profiles,
 )
+from bge_core.progress import progress_bar_of_calls
 from bge_core.tokenizer import can_check_inline
 
 __all__ = ["EmbeddingComponent", "LocalModelComponent", "ServedModelComponent"]
@@ -46,8 +48,9 @@ class LocalModelComponent(LocalModelFields, BaseComponent):
             "parallel_process": "write device=['cuda:0', 'cuda:1'] to use several devices",
             "show_progress_bar": "pass show_progress=True to the index or pipeline",
             "target_devices": "write device=['cuda:0', 'cuda:1'] to use several devices",
-            "text_instruction": "documents are embedded as they are (llm-embedder's instruction "
-            "comes with task=...): leave it out",
+            "text_instruction": "BGE's documents are embedded as they are (llm-embedder's "
+            "instruction comes with task=...): leave it out, and for another model write "
+            "document_instruction='...'",
             "tokenizer_name": "a checkpoint's own tokenizer is used: leave it out",
         }
     )
@@ -116,7 +119,8 @@ class EmbeddingComponent(LocalModelComponent):
         ) -> list[Any]:
             """Embed documents, in the host's batches; see the host's own method."""
             texts = arguments.texts("texts", texts)
-            return super().get_text_embedding_batch(texts, show_progress=show_progress, **kwargs)
+            with self._progress_bar(len(texts), show_progress):
+                return super().get_text_embedding_batch(texts, **kwargs)
 
         async def aget_text_embedding_batch(
             self, texts: list[str], show_progress: bool = False, **kwargs: Any
@@ -125,7 +129,18 @@ class EmbeddingComponent(LocalModelComponent):
             inline = can_check_inline(texts)
             texts = await run_off_loop(arguments.texts, "texts", texts, inline=inline)
             batch = super().aget_text_embedding_batch
-            return await batch(texts, show_progress=show_progress, **kwargs)
+            with self._progress_bar(len(texts), show_progress):
+                return await batch(texts, **kwargs)
+
+        def _progress_bar(self, total: int, show: bool) -> AbstractContextManager[None]:
+            # The host's own counts the texts that it handed over, 2,048 at a time.
+            windows = getattr(self, "long_passages", "truncate") == "window"
+            return progress_bar_of_calls(
+                None if windows else total,
+                show=show,
+                unit="window" if windows else "text",
+                title="Generating embeddings",
+            )
 
         @property
         def model(self) -> str:

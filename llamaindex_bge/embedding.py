@@ -25,10 +25,10 @@ __all__ = ["BGEEmbedding"]
 class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, BatchedQueries):
     """BGE embeddings, or those of any other model that sentence-transformers can save.
 
-    Queries get the checkpoint's instruction, documents none (llm-embedder's tasks and a
-    checkpoint's own document prompt excepted). Arguments are keywords, each is
-    a field, and they are checked at once; weights load at first use and are shared with
-    everything that names the same model, revision, device and dtype.
+    Queries get the checkpoint's instruction, documents none unless the checkpoint or
+    `document_instruction` has one. Arguments are keywords, each is a field, and they are checked
+    at once; weights load at first use and are shared with everything that names the same model,
+    revision, device and dtype.
 
     `callback_manager`, `num_workers`, `rate_limiter` and `embeddings_cache` are those of every
     LlamaIndex embedding. In the cache, queries have a collection of their own; give each
@@ -77,8 +77,8 @@ class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, Batch
     def to_payload(self) -> dict[str, Any]:
         """Describe the model for events, without credentials."""
         shown = (
-            *("model_name", "embed_batch_size", "query_instruction", "task_description"),
-            *("normalize", "max_length", "device", "dtype"),
+            *("model_name", "embed_batch_size", "query_instruction", "document_instruction"),
+            *("task_description", "normalize", "truncate_dim", "max_length", "device", "dtype"),
         )
         return {"class_name": self.class_name(), **{name: getattr(self, name) for name in shown}}
 
@@ -110,10 +110,6 @@ class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, Batch
     def _make_core(self) -> Embedder:
         return self._factory(
             self.model_name,
-            query_instruction=self.query_instruction,
-            task_description=self.task_description,
-            examples=self.examples,
-            task=self.task,
             pooling=self.pooling,
             normalize=self.normalize,
             **self._options(),

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bge_core.backends.loading import out_of_memory_error
+from bge_core.backends.loading import checked_weight_files, out_of_memory_error
 from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.packing import attend, attend_first
-from bge_core.checkpoints.files import weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +166,7 @@ def load_bert(
     """
     config = json.loads((checkpoint.transformer_folder / "config.json").read_text(encoding="utf-8"))
     shape = _shape(config) if checkpoint.family in FAMILIES else None
-    files = weight_files(checkpoint.transformer_folder)
+    files = checked_weight_files(checkpoint)
     if shape is None or len(files) != 1:
         return None
     try:

@@ -6,10 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import numpy as np
 
-from bge_core.checkpoints.files import JsonFile, first_line, other_weights, weight_files
+from bge_core.checkpoints.files import (
+    JsonFile,
+    first_line,
+    other_weights,
+    variant_of,
+    weight_files,
+)
 from bge_core.checkpoints.metadata import HEADS, missing_head_error
 from bge_core.errors import BGEError, CheckpointError, ComputationError
 from bge_core.tokenizer import Tokenizer, TokenSequence
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_computes",
+    "check_numbers",
+    "checked_weight_files",
     "copy_weights",
     "load_head",
     "load_model",
@@ -143,7 +152,7 @@ def load_model(
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    weights = _weight_files(checkpoint)
+    weights = checked_weight_files(checkpoint)
     loader: Any = AutoModel if kind == "embedder" else AutoModelForSequenceClassification
     if kind == "reranker" and checkpoint.pair_prompt is not None:
         from transformers import AutoModelForCausalLM
@@ -157,6 +166,7 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=weights[0].suffix == ".safetensors",
+                variant=variant_of(weights[0]),
                 output_loading_info=True,
             )
     except Exception as exc:
@@ -255,7 +265,7 @@ def load_tensors(
     from bge_core.backends.memory import is_out_of_memory
 
     found: dict[str, torch.Tensor] = {}
-    for file in _weight_files(checkpoint):
+    for file in checked_weight_files(checkpoint):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
@@ -282,7 +292,12 @@ def load_tensors(
     return found
 
 
-def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+def checked_weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of a checkpoint's weights.
+
+    Raises:
+        CheckpointError: There are none, or not of the numbers that are computed with.
+    """
     folder = checkpoint.transformer_folder
     files = weight_files(folder)
     if not files:
@@ -293,7 +308,51 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
         )
         raise CheckpointError(msg)
     _check_size(checkpoint, files)
+    check_numbers(checkpoint, files)
     return files
+
+
+def check_numbers(checkpoint: Checkpoint, files: Sequence[Path]) -> None:
+    """Refuse weights that are quantised without a word: as plain numbers they would be noise.
+
+    Raises:
+        CheckpointError: A weight is of whole numbers, or of 8 bits with a scale beside it.
+    """
+    for file in files:
+        try:
+            formats = _formats(file)
+        except Exception:  # noqa: BLE001 -- a damaged file is called so where it is loaded
+            return
+        scaled = any(name.endswith(("_scale", "_scale_inv")) for name in formats)
+        for name, format_ in sorted(formats.items()):
+            whole = format_.startswith(("I", "U", "int", "uint"))
+            eighth = format_.startswith(("F8", "float8")) and scaled
+            if name.endswith(("weight", "bias")) and (whole or eighth):
+                msg = (
+                    f"The weights of {checkpoint.name!r} in {file} are quantised ({name!r} is of "
+                    f"{format_.lower()}), and config.json has no quantization_config that says "
+                    "how: computed with as they are, they would give noise. Use the original "
+                    "checkpoint, or a server that runs this one with endpoint='...'."
+                )
+                raise CheckpointError(msg)
+
+
+def _formats(file: Path) -> dict[str, str]:
+    """Return the number format of each tensor in a file."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "np") as opened:
+            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    import torch
+
+    # Mapped, so that no number is read; files from before torch 1.6 can't be.
+    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+    return {
+        name: str(tensor.dtype).removeprefix("torch.")
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 def _missing_error(checkpoint: Checkpoint, missing: Sequence[str]) -> CheckpointError:

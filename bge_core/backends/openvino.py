@@ -24,6 +24,7 @@ from bge_core.backends.base import padded_inputs, takes_types
 from bge_core.backends.loading import load_model, out_of_memory_error
 from bge_core.backends.memory import is_out_of_memory
 from bge_core.errors import CheckpointError, needs_extra
+from bge_core.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -122,9 +123,9 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
             install="'bge-adapters[openvino]'",
             instead=", or pass backend='torch'.",
         ) from exc
-    kind, pooling = options.kind, options.pooling
     core = openvino.Core()
-    file = _cache_path(checkpoint, kind, pooling, openvino.__version__, options.cache_folder)
+    version, folder = openvino.__version__, options.cache_folder
+    file = _cache_path(checkpoint, options.kind, options.pooling, version, folder)
     model: Any = None
     if file is not None and file.exists():
         try:
@@ -133,10 +134,34 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
             logger.warning("%s is damaged: converting %r again.", file, checkpoint.name)
             shutil.rmtree(file.parent, ignore_errors=True)
     if model is None:
+        model = _new_model(openvino, core, checkpoint, options, file)
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        # Not in bfloat16, which it would choose where the processor has it.
+        {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
+    )
+    types = any("token_type_ids" in port.get_names() for port in compiled.inputs)
+    return OpenVINORunner(compiled, types=types, pad=checkpoint.pad_token_id)
+
+
+def _new_model(
+    openvino: Any, core: Any, checkpoint: Checkpoint, options: RunnerOptions, file: Path | None
+) -> Any:
+    """Convert a checkpoint and keep it, with a bar: nothing else says what takes so long."""
+    logger.info("Converting %r for OpenVINO, which takes some seconds, once.", checkpoint.name)
+    name = Path(checkpoint.name).name
+    with progress_bar(3, show=True, unit="step", title=f"Converting {name} for OpenVINO") as bar:
+        done = bar or (lambda _: None)
         loaded = load_model(
-            checkpoint, kind=kind, dtype="float32", trust_remote_code=options.trust_remote_code
+            checkpoint,
+            kind=options.kind,
+            dtype="float32",
+            trust_remote_code=options.trust_remote_code,
         )
-        model = _converted(openvino, checkpoint, loaded, pooling)
+        done(1)
+        model = _converted(openvino, checkpoint, loaded, options.pooling)
+        done(1)
         try:
             if file is not None:
                 _save(openvino, core, model, file)
@@ -148,14 +173,8 @@ def load_openvino_runner(checkpoint: Checkpoint, options: RunnerOptions) -> Open
                 file.parent.parent if file else "the cache",
                 str(exc).strip() or type(exc).__name__,
             )
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        # Not in bfloat16, which it would choose where the processor has it.
-        {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
-    )
-    types = any("token_type_ids" in port.get_names() for port in compiled.inputs)
-    return OpenVINORunner(compiled, types=types, pad=checkpoint.pad_token_id)
+        done(1)
+    return model
 
 
 def _cache_path(
@@ -194,13 +213,26 @@ def _temporary_home() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what others log of a model that is traced, and nobody here can act on, to errors."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch", "openvino", "nncf")]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
 def _converted(openvino: Any, checkpoint: Checkpoint, model: Any, pooling: str | None) -> Any:
     example = {"input_ids": torch.ones(2, 8).long(), "attention_mask": torch.ones(2, 8).long()}
     if takes_types(model):
         example["token_type_ids"] = torch.zeros(2, 8).long()
-    logger.info("Converting %r for OpenVINO.", checkpoint.name)
     try:
-        with torch.inference_mode(), warnings.catch_warnings(), _temporary_home():
+        with torch.inference_mode(), warnings.catch_warnings(), _quiet(), _temporary_home():
             # The tracer warns of every shape that transformers looks at; the numbers are tested.
             warnings.simplefilter("ignore")
             return openvino.convert_model(_Rows(model, pooling), example_input=example)

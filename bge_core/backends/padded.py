@@ -18,12 +18,14 @@ from bge_core.backends.base import (
 )
 from bge_core.backends.loading import (
     check_computes,
+    check_numbers,
     copy_weights,
     no_progress_bars,
     out_of_memory_error,
 )
 from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.packing import Pack
+from bge_core.checkpoints.files import variant_of, weight_files
 from bge_core.checkpoints.trust import reject_remote_classes
 from bge_core.errors import CheckpointError
 
@@ -129,6 +131,9 @@ def load_sentence_transformers(
             "here: load it with sentence-transformers."
         )
         raise CheckpointError(msg)
+    files = weight_files(checkpoint.transformer_folder)
+    check_numbers(checkpoint, files)
+    variant = {"variant": variant_of(files[0])} if files else {}
     try:
         with no_progress_bars():
             model = SentenceTransformer(
@@ -136,7 +141,7 @@ def load_sentence_transformers(
                 device=str(device),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
-                model_kwargs={"dtype": getattr(torch, dtype)},
+                model_kwargs={"dtype": getattr(torch, dtype), **variant},
             )
     except Exception as exc:
         if is_out_of_memory(exc):

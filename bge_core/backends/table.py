@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from bge_core import arguments
-from bge_core.errors import ArgumentError, CheckpointError
+from bge_core.errors import ArgumentError, CheckpointError, needs_extra
 
 if TYPE_CHECKING:
     from bge_core.arguments import Priority
@@ -114,6 +114,7 @@ def check_backend(name: object, *, devices: Sequence[str], dtype: str) -> str:
 
     Raises:
         ArgumentError: There is no such backend, or it doesn't run there.
+        MissingExtraError: Its package is not installed.
     """
     known = arguments.one_of("backend", name, (*BACKENDS, _AUTO))
     if known == _AUTO:
@@ -132,6 +133,14 @@ def check_backend(name: object, *, devices: Sequence[str], dtype: str) -> str:
             "dtype out, or pass backend='torch'."
         )
         raise ArgumentError(msg)
+    if backend.package is not None and find_spec(backend.package) is None:
+        raise needs_extra(
+            ModuleNotFoundError(name=backend.package),
+            f"backend={known!r}",
+            packages=(backend.package,),
+            install=f"'bge-adapters[{known}]'",
+            instead=", or pass backend='torch'.",
+        )
     return known
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "TaskInstruction",
     "find_profile",
     "is_hub_id",
+    "is_published",
     "register",
     "registered_profiles",
     "restore_profiles",
@@ -590,6 +591,11 @@ def register(profile: Profile) -> None:
         )
         raise ArgumentError(msg)
     _rows.setdefault(profile.id, known)
+
+
+def is_published(profile: Profile) -> bool:
+    """Return whether a row is one of BGE's own, and not of `register`."""
+    return profile.id in _PUBLISHED
 
 
 def registered_profiles() -> tuple[Profile, ...]:

@@ -20,6 +20,7 @@ __all__ = [
     "other_weights",
     "read_json",
     "unreadable_error",
+    "variant_of",
     "weight_files",
 ]
 
@@ -29,13 +30,26 @@ _FORMATS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-# What there may be in their place, and what serves it.
+# One file of another number format, as `save_pretrained(variant="fp16")` names it.
+_VARIANT = re.compile(r"(?:model\.([\w-]+)\.safetensors|pytorch_model\.([\w-]+)\.bin)")
+_SERVED = "pass endpoint='...' of such a server"
+# What there may be in their place, and what to do with it.
 _OTHER_FORMATS = {
-    ".onnx": "ONNX, which onnxruntime, optimum or text-embeddings-inference serve",
-    ".gguf": "GGUF, which llama.cpp and Ollama serve",
-    ".h5": "TensorFlow's, which transformers 4 reads with from_pretrained(folder, from_tf=True)",
-    ".msgpack": "Flax's, which transformers 4 reads with from_pretrained(folder, from_flax=True)",
-    ".xml": "OpenVINO's, which optimum-intel serves",
+    ".onnx": ("ONNX, which onnxruntime, optimum or text-embeddings-inference serve", _SERVED),
+    ".gguf": ("GGUF, which llama.cpp and Ollama serve", _SERVED),
+    ".h5": (
+        "TensorFlow's, which transformers 4 reads with from_pretrained(folder, from_tf=True)",
+        "save them from there with save_pretrained(folder)",
+    ),
+    ".msgpack": (
+        "Flax's, which transformers 4 reads with from_pretrained(folder, from_flax=True)",
+        "save them from there with save_pretrained(folder)",
+    ),
+    ".ot": ("rust-bert's, which rust-bert runs", "use it there"),
+    ".tflite": ("TensorFlow Lite's, which LiteRT runs", "use it there"),
+    ".mlpackage": ("CoreML's, which Apple's devices run", "use it there"),
+    ".mlmodel": ("CoreML's, which Apple's devices run", "use it there"),
+    ".xml": ("OpenVINO's, which optimum-intel serves", _SERVED),
 }
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_BYTES = 1 << 26
@@ -44,6 +58,8 @@ _MOST_NESTED = 100
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of a folder's weights, safetensors before pickles; empty if it has none.
+
+    Where there are none under transformers' usual names, a single variant of them counts.
 
     Raises:
         CheckpointError: The index of the format that is there is damaged, or names a file that
@@ -62,6 +78,22 @@ def weight_files(folder: Path) -> list[Path]:
     if missing is not None:
         msg = f"{folder} lacks {missing}, a part of the weights: fetch the checkpoint again."
         raise CheckpointError(msg)
+    variants = _variants(folder)
+    return variants if len(variants) == 1 else []
+
+
+def variant_of(file: Path) -> str | None:
+    """Return what a file of weights is a variant of, such as `"fp16"`; None for the usual name."""
+    found = _VARIANT.fullmatch(file.name)
+    return found and (found[1] or found[2])
+
+
+def _variants(folder: Path) -> list[Path]:
+    """Return the variants of one format, safetensors before pickles."""
+    for suffix in (".safetensors", ".bin"):
+        files = [path for path in folder.glob(f"*model.*{suffix}") if path.is_file()]
+        if found := sorted(path for path in files if variant_of(path)):
+            return found
     return []
 
 
@@ -72,13 +104,19 @@ def other_weights(folder: Path, *names: str) -> str:
         folder: The folder.
         names: What is looked at in it; none for all that may be weights.
     """
-    patterns = names or ("*", "onnx/*", "openvino/*")
+    if not names and (variants := _variants(folder)):
+        which = ", ".join(path.name for path in variants)
+        first = variants[0]
+        usual = f"model{first.suffix}" if first.suffix == ".safetensors" else "pytorch_model.bin"
+        return (
+            f". It has several variants of them ({which}): rename the one that you want to {usual}."
+        )
+    patterns = names or ("*", "onnx/*", "openvino/*", "coreml/*", "coreml/*/*", "tflite/*")
     found = {path.suffix.lower() for name in patterns for path in folder.glob(name)}
-    for suffix, said in _OTHER_FORMATS.items():
+    for suffix, (said, remedy) in _OTHER_FORMATS.items():
         if suffix in found:
             return (
-                f". Its weights are {said}: pass endpoint='...' of such a server, or fetch the "
-                "checkpoint's model.safetensors."
+                f". Its weights are {said}: {remedy}, or fetch the checkpoint's model.safetensors."
             )
     return ""
 

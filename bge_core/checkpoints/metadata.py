@@ -22,7 +22,9 @@ from bge_core.checkpoints.files import (
     other_weights,
     read_json,
     unreadable_error,
+    weight_files,
 )
+from bge_core.checkpoints.source import cached_folder
 from bge_core.errors import BGEError, CheckpointError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HEADS",
     "Checkpoint",
+    "check_cached",
     "check_kind",
     "check_loadable",
     "check_profile",
@@ -124,6 +127,7 @@ class Checkpoint:
         pools_prompts: Its pooling reads a prompt's tokens, too.
         routes: sentence-transformers' router sends queries and documents different ways in it.
         labels: Outputs of its classification head; 0 if it has none.
+        is_language_model: It has a head that predicts words, and no pooling.
         hidden_size: Width of the last layer, which is a plain embedder's dimension.
         vocabulary: Tokens that the weights have an embedding for; 0 if it doesn't say.
         max_length: Tokens that it has positions for, special ones included.
@@ -152,6 +156,7 @@ class Checkpoint:
     pools_prompts: bool
     routes: bool
     labels: int
+    is_language_model: bool
     hidden_size: int
     vocabulary: int
     max_length: int
@@ -255,6 +260,7 @@ def read(source: Source, folder: Path) -> Checkpoint:
         pools_prompts=whole,
         routes=any(module.kind in ("Router", "Asym") for module in modules or ()),
         labels=labels,
+        is_language_model=_is_architecture(config, "ForCausalLM") and modules is None,
         hidden_size=config.whole("hidden_size", config.whole("dim", 0, least=0), least=1),
         vocabulary=config.whole("vocab_size", 0, least=0),
         max_length=capacity,
@@ -294,6 +300,15 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
         raise CheckpointError(msg)
     if kind == "reranker" and checkpoint.pair_prompt is not None:
         return
+    if kind == "reranker" and not checkpoint.labels and checkpoint.is_language_model:
+        msg = (
+            f"{name!r} is a language model ({checkpoint.family}), and none of its files says that "
+            "it scores pairs. If it was trained from bge-reranker-v2-gemma or as that was, say so: "
+            "register(Profile(id=..., kind='reranker', family=..., max_length=..., "
+            "pair_prompt=PairPrompt())) of bge_core, with the folder's name or the hub id. Else "
+            "use a reranker such as 'BAAI/bge-reranker-base'."
+        )
+        raise CheckpointError(msg)
     if kind == "reranker" and not checkpoint.labels:
         msg = (
             f"{name!r} is an embedding model: it has no classification head, so it can't score "
@@ -315,6 +330,42 @@ def check_kind(checkpoint: Checkpoint, kind: Kind, *, pooling: str | None) -> No
             "trained, or save it with sentence-transformers, which writes modules.json."
         )
         raise CheckpointError(msg)
+
+
+def check_cached(
+    source: Source, kind: Kind, *, pooling: str | None, loadable: bool = True
+) -> Checkpoint | None:
+    """Look at what the hub's cache has of an id, and refuse one of the other kind.
+
+    What else is wrong with it is said at first use, when the rest of it has been fetched.
+
+    Args:
+        source: What the user wrote.
+        kind: What the caller needs.
+        pooling: What the caller said of its pooling; None if nothing.
+        loadable: Whether this machine is to run it, and not a server.
+
+    Returns:
+        What the cached files say; None where there are none, or no whole checkpoint.
+
+    Raises:
+        CheckpointError: It is of the other kind, or its weights are for another program.
+    """
+    folder = cached_folder(source)
+    if folder is None:
+        return None
+    try:
+        found = read(source, folder)
+        whole = bool(weight_files(found.transformer_folder))
+    except CheckpointError:
+        return None
+    if loadable:
+        check_loadable(found)
+    elif found.is_language_model:
+        return None  # a server has its own ways to rank with one
+    # Without the weights modules.json may be missing, too.
+    check_kind(found, kind, pooling=pooling if whole and loadable else pooling or "cls")
+    return found if whole else None
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:

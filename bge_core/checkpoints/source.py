@@ -24,7 +24,7 @@ from bge_core.checkpoints.catalog import (
 from bge_core.checkpoints.files import first_line, other_weights
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 
-__all__ = ["Source", "locate"]
+__all__ = ["Source", "cached_folder", "locate"]
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,26 @@ def locate(source: Source, *, weights: bool = True) -> Path:
         logger.debug("Looking for %r failed.", source.model, exc_info=exc)
         raise _not_found_error(source, exc) from None
     return folder
+
+
+def cached_folder(source: Source) -> Path | None:
+    """Return the folder that the hub's cache has of an id, with its config.json; None for none.
+
+    Nobody is asked, and the hub's client is not imported.
+    """
+    if source.is_local or "/" not in source.model:
+        return None
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        home = Path(source.hub_cache or HF_HUB_CACHE) / f"models--{source.model.replace('/', '--')}"
+        name = source.revision or "main"
+        reference = home / "refs" / name
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else name
+        folder = home / "snapshots" / commit
+        return folder if (folder / "config.json").is_file() else None
+    except Exception:  # noqa: BLE001 -- whatever a cache has; it is read in earnest at first use
+        return None
 
 
 def _fetch(source: Source, patterns: tuple[str, ...]) -> Path:

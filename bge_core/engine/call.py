@@ -55,12 +55,15 @@ class Call(Generic[Item]):
         requested_outputs: The outputs of bge-m3 that make a row; None for a plain one.
         around: Text in front of and behind each item that is never truncated.
         reports: Whether the model says which of them were truncated.
+        what: What they are, in the plural, for messages.
+        windows: Whether `long_passages="window"` would read them whole.
         parts: Those of the items that are parts of a text.
 
     Attributes:
         items: The distinct items, in order of their first appearance.
         inverse: Of each of all items its index among the distinct ones, as in `numpy.unique`.
-        truncated: Of each distinct item that was tokenised whether it was truncated.
+        truncated: Of each distinct item that was tokenised its length in tokens where it was
+            truncated, else 0.
         rows: The row of each distinct item that was computed.
     """
 
@@ -77,6 +80,8 @@ class Call(Generic[Item]):
         prompt: str = "",
         around: tuple[str, str] = ("", ""),
         reports: bool = True,
+        what: str = "texts",
+        windows: bool = False,
         parts: Collection[Item] = frozenset(),
     ) -> None:
         index: dict[Item, int] = {}
@@ -86,8 +91,10 @@ class Call(Generic[Item]):
         self.prompt = prompt
         self.around = around
         self.reports = reports
+        self.what = what
+        self.windows = windows
         self.parts = parts
-        self.truncated: list[bool] = []
+        self.truncated: list[int] = []
         self.rows: Rows = []
 
     def slices(self) -> Iterator[slice]:
@@ -98,6 +105,14 @@ class Call(Generic[Item]):
     def add_rows(self, rows: Rows) -> None:
         """Add the rows of the next slice."""
         self.rows += rows
+
+    def truncated_lengths(self) -> list[int]:
+        """Return `truncated` of all items, in order."""
+        return [self.truncated[index] for index in self.inverse]
+
+    def truncated_pairs(self) -> list[int] | None:
+        """Return the places of the pairs with a truncated text; None where no item is in one."""
+        return None
 
     def describe_item(self, index: int) -> str:
         """Return a distinct item's name for a message: where it came first."""

@@ -15,7 +15,13 @@ from bge_core.arguments import shown
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.table import BACKENDS, check_backend, choose_backends, load_runners
 from bge_core.checkpoints.catalog import find_profile
-from bge_core.checkpoints.metadata import check_kind, check_loadable, check_profile, read
+from bge_core.checkpoints.metadata import (
+    check_cached,
+    check_kind,
+    check_loadable,
+    check_profile,
+    read,
+)
 from bge_core.checkpoints.source import locate
 from bge_core.engine.call import non_finite_error
 from bge_core.engine.process import hold_interpreter_exit, on_fork
@@ -64,6 +70,7 @@ class LocalModel(Closeable):
     """
 
     _unpickled_attributes = Closeable._unpickled_attributes | {
+        "_cached",
         "_checkpoint",
         "_digest",
         "counters",
@@ -92,16 +99,21 @@ class LocalModel(Closeable):
         self._init_process_state()
         if self.is_local_folder:
             _ = self.checkpoint  # reading it is the check
-        elif profile := find_profile(self.model):
+            return
+        if profile := find_profile(self.model):
             check_profile(profile, kind, self.model)
             if profile.kind == kind:
                 self._check_length(profile.max_length)
                 self._layers.resolve(self.model, profile.layer_heads)
+                return
+        # Of another id what it says of itself counts, if that is here already.
+        self._cached: Checkpoint | None = check_cached(self._source, kind, pooling=pooling)
 
     def _init_process_state(self) -> None:
         super()._init_process_state()
         self._lock = threading.RLock()
         self._checkpoint: Checkpoint | None = None
+        self._cached = None
         self._digest: str | None = None
         self._engine: Engine | None = None
         self._fitting_prompts: set[str] = set()
@@ -162,7 +174,7 @@ class LocalModel(Closeable):
     @property
     def known_checkpoint(self) -> Checkpoint | None:
         """`checkpoint`, unless a hub id would have to be fetched for it."""
-        return self.checkpoint if self.is_local_folder else self._checkpoint
+        return self.checkpoint if self.is_local_folder else self._checkpoint or self._cached
 
     @property
     def profile(self) -> Profile | None:
@@ -197,8 +209,19 @@ class LocalModel(Closeable):
     @property
     def dimension(self) -> int | None:
         """Length of its vectors; None where modules of its own decide."""
-        found = self.checkpoint
-        standard = found.only_standard_modules and self.pooling in _POOLINGS
+        return self._dimension_of(self.checkpoint)
+
+    @property
+    def known_dimension(self) -> int | None:
+        """As `dimension`; of a hub id what the table of published checkpoints says."""
+        if (found := self.known_checkpoint) is not None:
+            return self._dimension_of(found)
+        profile = find_profile(self.model, self._kind)
+        return profile.dimension if profile else None
+
+    def _dimension_of(self, found: Checkpoint) -> int | None:
+        pooling = self._pooling or found.pooling
+        standard = found.only_standard_modules and pooling in _POOLINGS
         return found.hidden_size if standard else None
 
     @property
@@ -471,7 +494,7 @@ class LocalModel(Closeable):
 
     def _encode(
         self, tokenizer: Tokenizer, call: Call[Any], items: Sequence[Any]
-    ) -> tuple[list[TokenSequence], list[bool]]:
+    ) -> tuple[list[TokenSequence], list[int]]:
         started = time.perf_counter()
         if self._kind == "reranker":
             encoded = tokenizer.encode_pairs(
@@ -489,22 +512,32 @@ class LocalModel(Closeable):
     def _report(self, call: Call[Any]) -> None:
         if call.reports:
             self.report_truncation(
-                "texts" if self._kind == "embedder" else "pairs",
-                sum(call.truncated[index] for index in call.inverse),
-                len(call.inverse),
+                call.what,
+                call.truncated_lengths(),
+                pairs=call.truncated_pairs(),
+                windows=call.windows,
             )
 
-    def report_truncation(self, what: str, truncated: int, total: int) -> None:
-        """Log once a call how many texts were truncated, or refuse them.
+    def report_truncation(
+        self,
+        what: str,
+        lengths: Sequence[int],
+        *,
+        pairs: Sequence[int] | None = None,
+        windows: bool = False,
+    ) -> None:
+        """Log once a call which texts were truncated, or refuse them; see `tokenizer`.
 
         Raises:
             TruncationError: Some were, and `on_truncation="error"`.
         """
         report_truncation(
             what=what,
-            truncated=truncated,
-            total=total,
+            lengths=lengths,
+            pairs=pairs,
             max_length=self.max_length,
+            capacity=self.capacity,
+            windows=windows,
             policy=self.options.on_truncation,
             model=self.model,
         )

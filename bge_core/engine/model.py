@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from bge_core.errors import ArgumentError
@@ -76,6 +76,11 @@ class TextModel(Protocol):
         ...
 
     @property
+    def known_dimension(self) -> int | None:
+        """As `dimension`, of what is here already: nothing is fetched for it."""
+        ...
+
+    @property
     def dtype(self) -> str:
         """The number format that computes."""
         ...
@@ -104,7 +109,14 @@ class TextModel(Protocol):
         """Compute a call's items and add their rows to it."""
         ...
 
-    def report_truncation(self, what: str, truncated: int, total: int) -> None:
+    def report_truncation(
+        self,
+        what: str,
+        lengths: Sequence[int],
+        *,
+        pairs: Sequence[int] | None = None,
+        windows: bool = False,
+    ) -> None:
         """Log or refuse that texts were truncated, as the model's owner asked for."""
         ...
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from bge_core.backends.loading import load_tokenizer
 from bge_core.checkpoints.catalog import find_profile
-from bge_core.checkpoints.metadata import check_kind, check_profile, read
+from bge_core.checkpoints.metadata import check_cached, check_kind, check_profile, read
 from bge_core.checkpoints.source import Source, locate
 from bge_core.embedder import Embedder
 from bge_core.engine.call import Call
@@ -120,7 +120,10 @@ class ServedModel(Closeable, Generic[Item]):
         if self._source.is_local:
             self.checkpoint()  # reading it is the check
         else:
-            check_profile(find_served_profile(self.model), kind, self.model)
+            profile = find_served_profile(self.model)
+            check_profile(profile, kind, self.model)
+            if profile is None or profile.kind != kind:
+                check_cached(self._source, kind, pooling=None, loadable=False)
 
     def _init_process_state(self) -> None:
         super()._init_process_state()
@@ -196,6 +199,11 @@ class ServedModel(Closeable, Generic[Item]):
         return self.profile.dimension if self.profile else None
 
     @property
+    def known_dimension(self) -> int | None:
+        """As `dimension`: no server is asked for it."""
+        return self.dimension
+
+    @property
     def max_length(self) -> int:
         """Tokens that the server reads of a text, as far as can be known here.
 
@@ -251,7 +259,10 @@ class ServedModel(Closeable, Generic[Item]):
     def checkpoint(self) -> Checkpoint | None:
         """Read the folder on this machine, where the model is one."""
         if self._checkpoint is None and self._source.is_local:
-            found = read(self._source, locate(self._source))
+            folder = locate(self._source)
+            if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+                raise _says_nothing_error(self.model)
+            found = read(self._source, folder)
             check_kind(found, self._kind, pooling=None)
             self._checkpoint = found
         return self._checkpoint
@@ -305,13 +316,22 @@ class ServedModel(Closeable, Generic[Item]):
         except CancelledError as exc:
             raise closed_while_waiting_error(self.model) from exc
 
-    def report_truncation(self, what: str, truncated: int, total: int) -> None:
-        """Log how many texts were truncated here, before the server could."""
+    def report_truncation(
+        self,
+        what: str,
+        lengths: Sequence[int],
+        *,
+        pairs: Sequence[int] | None = None,
+        windows: bool = False,
+    ) -> None:
+        """Log which texts were truncated here, before the server could."""
         report_truncation(
             what=what,
-            truncated=truncated,
-            total=total,
+            lengths=lengths,
+            pairs=pairs,
             max_length=self.max_length,
+            capacity=self.capacity,
+            windows=windows,
             policy="warn",
             model=self.model,
         )
@@ -508,11 +528,14 @@ class RemoteEmbedder(Embedder):
             folder on this machine with the same model.
         query_instruction: Put in front of queries, never of documents. None for the one that
             the model card gives, `""` for none.
-        task_description: A decoder's word for the same, as `Embedder` takes it.
+        document_instruction: Put in front of documents, as `Embedder` takes it.
+        task_description: A decoder's word for the queries', as `Embedder` takes it.
         examples: What bge-en-icl sees in front of each query, as `Embedder` takes it.
         task: llm-embedder's task; None for every other model.
         normalize: Scale vectors to unit length. False gives them as the server does, which
             with text-embeddings-inference are of unit length in any case.
+        truncate_dim: How many of a vector's numbers are kept, as `Embedder` takes it. They are
+            cut here, whatever the server knows of it.
         long_passages: What happens with a document that the server would truncate; `"window"`
             sends overlapping windows of it instead, as `Embedder` does. It needs the model's
             tokenizer, of the folder or from the hub.
@@ -542,10 +565,12 @@ class RemoteEmbedder(Embedder):
         model: str | os.PathLike[str],
         *,
         query_instruction: str | None = None,
+        document_instruction: str | None = None,
         task_description: str | None = None,
         examples: Iterable[QueryExample | Mapping[str, str]] | None = None,
         task: str | None = None,
         normalize: bool = True,
+        truncate_dim: int | None = None,
         long_passages: str = "truncate",
         max_length: int | None = None,
         **options: Unpack[RemoteArguments],
@@ -554,10 +579,12 @@ class RemoteEmbedder(Embedder):
         self._set_up(
             served,
             query_instruction=query_instruction,
+            document_instruction=document_instruction,
             task_description=task_description,
             examples=examples,
             task=task,
             normalize=normalize,
+            truncate_dim=truncate_dim,
             long_passages=long_passages,
         )
         _ = self._template  # making it is the check
@@ -641,6 +668,8 @@ def served_source(model: str | os.PathLike[str]) -> Source:
         CheckpointError: It looks like a folder and is none, or is no name.
         InputTypeError: It is neither a str nor a path.
     """
+    if isinstance(model, (str, os.PathLike)) and _is_gguf(Path(model)):
+        raise _says_nothing_error(os.fspath(model))
     named = isinstance(model, str) and model.isprintable() and model.strip() == model != ""
     if not isinstance(model, str) or not named or _PATH.match(model):
         return Source.of(model)
@@ -648,6 +677,22 @@ def served_source(model: str | os.PathLike[str]) -> Source:
         msg = f"model={model[:40]!r}... has {len(model)} characters: no model has such a name."
         raise CheckpointError(msg)
     return Source.of(model) if Path(model).is_dir() else Source(model=model)
+
+
+def _says_nothing_error(name: str) -> CheckpointError:
+    msg = (
+        f"model={name!r} has no config.json, which would say here what the server runs: pass the "
+        "model's id, such as model='BAAI/bge-m3', and where the server knows it by another name, "
+        "that as served_model_name='...'."
+    )
+    return CheckpointError(msg)
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        return path.suffix.lower() == ".gguf" and path.is_file()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return False
 
 
 def _batches(

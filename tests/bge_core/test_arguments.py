@@ -1,6 +1,7 @@
 """The checks of arguments: what each takes, and the sentence for the rest."""
 
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,8 +66,9 @@ def test_every_flag_refuses_the_text_of_an_environment_variable(cls, name):
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "multi_vector", "return_tokens"])
 def test_outputs_are_asked_for_by_a_bool(m3_folder, name):
+    asked: dict[str, Any] = {name: "false"}
     with M3Embedder(m3_folder) as m3, pytest.raises(InputTypeError, match=name):
-        m3.encode(["a"], **{name: "false"})
+        m3.encode(["a"], **asked)
 
 
 async def test_show_progress_is_a_bool(call, en_folder, reranker_folder, m3_folder):

@@ -10,7 +10,7 @@ import torch
 from langchain_core.documents import Document
 from langchain_core.runnables import Runnable
 
-from bge_core import M3Weights, QueryExample
+from bge_core import M3Embedder, M3Outputs, M3Weights, QueryExample
 from langchain_bge import BGECrossEncoder, BGEEmbeddings, BGEReranker, BGESparseEmbeddings
 from langchain_bge.testing import FakeBGEEmbeddings, FakeBGEReranker
 from llamaindex_bge import BGEEmbedding, BGESparseEmbedding, testing
@@ -62,3 +62,27 @@ def test_what_comes_out_is_typed():
     assert instruction
     assert (len(documents), index, copied.top_n) == (1, 0, None)
     assert step.get_name() == "FakeBGEReranker"
+
+
+async def test_what_was_asked_of_encode_is_typed(m3_folder: Path):
+    with M3Embedder(m3_folder) as m3:
+        both = m3.encode(["a", "b"])
+        first: dict[int, float] = both.sparse[0]
+        width: int = both.dense[0].shape[0]
+        wider: dict[int, float] = m3.encode(["a"], dense=False, multi_vector=False).sparse[0]
+        every = m3.encode(["a"], multi_vector=True, return_tokens=True)
+        spelt: dict[str, float] = every.tokens[0]
+        vectors: int = every.multi_vector[0].shape[1]
+        later = await m3.aencode(["a"], sparse=True, return_tokens=True)
+        assert later.sparse[0].keys() == wider.keys() == first.keys()
+        assert later.tokens[0].keys() == spelt.keys()
+        assert width == vectors == m3.dimension
+        # What was not asked for, and what is known only later, may be None.
+        assert both.tokens is None
+        assert both.multi_vector is None
+        assert m3.encode(["a"], sparse=False).sparse is None
+        for flag in (True, False):
+            outputs: M3Outputs = m3.encode(["a"], sparse=flag)
+            assert (outputs.sparse is None) is not flag
+            found = m3.encode(["a"], sparse=flag).sparse
+            assert (found[0] if found is not None else wider).keys() == wider.keys()

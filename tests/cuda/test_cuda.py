@@ -103,9 +103,9 @@ def test_all_three_outputs_of_bge_m3_are_those_of_a_cpu(m3_folder):
     np.testing.assert_allclose(found.dense, expected.dense, atol=1e-4)
     for one, other in zip(found.multi_vector, expected.multi_vector, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
-    for one, other in zip(found.sparse, expected.sparse, strict=True):
-        assert one.keys() == other.keys()
-        assert one == pytest.approx(other, abs=1e-4)
+    for weights, others in zip(found.sparse, expected.sparse, strict=True):
+        assert weights.keys() == others.keys()
+        assert weights == pytest.approx(others, abs=1e-4)
 
 
 def pack_of(*lengths):

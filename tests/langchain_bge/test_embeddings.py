@@ -244,7 +244,6 @@ class TestRefusals:
             ("query_encode_kwargs", {"prompt": "query: "}, "query_instruction="),
             ("multi_process", True, "device="),
             ("batch_size", 32, "batch_tokens="),
-            ("document_instruction", "passage: ", "leave it out"),
             ("client", "mine", "model="),
         ],
     )

@@ -185,6 +185,36 @@ def test_openvino_converts_once_and_again_for_other_weights(en_folder, copy_of, 
     assert len(list((kept / "bge-adapters" / "openvino").iterdir())) == 2
 
 
+def test_openvino_s_conversion_is_a_line_and_a_bar_and_nothing_of_others(
+    en_folder, bert_reranker_folder, m3_folder, kept, caplog, capfd, recwarn
+):
+    for folder, make in (
+        (en_folder, Embedder),
+        (bert_reranker_folder, Reranker),
+        (m3_folder, Embedder),
+    ):
+        with caplog.at_level(logging.INFO), make(folder, backend="openvino") as model:
+            model.embed_queries(["x"]) if make is Embedder else model.score("q", ["x"])
+        lines = [
+            record.name for record in caplog.records if record.name != "bge_core.engine.local_model"
+        ]
+        assert lines == ["bge_core.backends.openvino"]
+        assert "Converting" in caplog.text
+        out, err = capfd.readouterr()
+        assert out == ""
+        (bar,) = {
+            line.partition(":")[0].strip()
+            for line in err.replace("\r", "\n").split("\n")
+            if line.strip()
+        }
+        assert bar == f"Converting {folder.name} for OpenVINO"
+        caplog.clear()
+        with make(folder, backend="openvino") as model:
+            model.embed_queries(["x"]) if make is Embedder else model.score("q", ["x"])
+        assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
 def test_auto_gives_the_same_vectors_in_both_lanes(en_folder, kept):
     with Embedder(en_folder, query_instruction="", backend="auto", device="cpu") as embedder:
         query, document = embedder.embed_queries(["one"]), embedder.embed_documents(["one"])

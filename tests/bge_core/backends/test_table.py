@@ -6,10 +6,21 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from bge_core import ArgumentError, CheckpointError, Embedder, Reranker
+from bge_core import (
+    ArgumentError,
+    CheckpointError,
+    Embedder,
+    MissingExtraError,
+    Reranker,
+    make_embedder,
+    make_reranker,
+)
 from bge_core.backends import table
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.table import BACKENDS, Backend, BackendName, choose_backends
+from langchain_bge import BGECrossEncoder, BGEEmbeddings, BGEReranker
+from llamaindex_bge import BGEEmbedding
+from llamaindex_bge import BGEReranker as NodeReranker
 
 QUERIES_BY_OPENVINO = {"interactive": "openvino", "background": "torch"}
 ALL_BY_TORCH = {"interactive": "torch", "background": "torch"}
@@ -54,6 +65,21 @@ def test_auto_is_torch_where_openvino_is_not_installed(checkpoint, monkeypatch):
     monkeypatch.setattr(table, "find_spec", lambda package: None)
     asked = RunnerOptions(kind="embedder", pooling="cls")
     assert choose_backends("auto", checkpoint, asked, ["cpu"]) == ALL_BY_TORCH
+
+
+def test_a_backend_that_is_not_installed_is_refused_at_construction(
+    en_folder, bert_reranker_folder, monkeypatch
+):
+    monkeypatch.setattr(table, "find_spec", lambda package: None)
+    making = {
+        en_folder: (Embedder, make_embedder, BGEEmbeddings, BGEEmbedding),
+        bert_reranker_folder: (Reranker, make_reranker, BGEReranker, BGECrossEncoder, NodeReranker),
+    }
+    for folder, kinds in making.items():
+        for make in kinds:
+            with pytest.raises(MissingExtraError, match=r"pip install 'bge-adapters\[openvino\]'"):
+                make(model=folder, backend="openvino")
+            make(model=folder, backend="auto")
 
 
 class Lengths:

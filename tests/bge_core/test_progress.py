@@ -11,7 +11,7 @@ import pytest
 from tqdm.auto import tqdm
 
 from bge_core import Embedder, M3Embedder, Reranker
-from bge_core.engine.progress import progress_bar
+from bge_core.progress import progress_bar
 
 TEXTS = [f"text {number}" for number in range(300)]
 PAIRS = [("a query", text) for text in TEXTS]
