@@ -87,7 +87,7 @@ def needs_extra(
     Args:
         exc: What the import raised.
         what: What needs the packages, such as `"bge_core.mteb"`.
-        packages: Their import names.
+        packages: Their import names, dotted ones included.
         install: What pip installs, such as `"'bge-adapters[mteb]'"`.
         instead: What else to do, such as `", or pass backend='torch'"`.
 
@@ -95,8 +95,11 @@ def needs_extra(
         ImportError: `exc` itself, where it is about another module: one of the packages is there
             and broken, and installing it again would not help.
     """
-    missing = (exc.name or "").partition(".")[0]
-    if not isinstance(exc, ModuleNotFoundError) or missing not in packages:
+    name = f"{exc.name}."
+    # Of a.b.c, a or a.b may be what is not there; and what is not there may be inside of it.
+    found = (own for own in packages if name.startswith(f"{own}.") or f"{own}.".startswith(name))
+    missing = next(found, None)
+    if not isinstance(exc, ModuleNotFoundError) or missing is None:
         raise exc
     msg = f"{what} needs {missing}, which is not installed: pip install {install}{instead}"
     return MissingExtraError(msg)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PrivateAttr
-
-from bge_core import M3Embedder
 from bge_core.errors import needs_extra
-from langchain_bge._fields import LocalModelFields
+from langchain_bge._sparse_fields import SparseFields
 
 if TYPE_CHECKING:
-    from bge_core import M3Outputs
+    from langchain_bge._sparse_fields import Weights
 
 try:
     from langchain_qdrant import SparseEmbeddings, SparseVector
@@ -27,7 +24,7 @@ except ImportError as exc:
 __all__ = ["BGESparseEmbeddings"]
 
 
-class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
+class BGESparseEmbeddings(SparseFields, SparseEmbeddings):
     """bge-m3's token weights, for `QdrantVectorStore` in hybrid or sparse mode.
 
     Beside a `BGEEmbeddings` on the same model it costs nothing: they share the weights, and one
@@ -45,12 +42,6 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         True
     """
 
-    show_progress: bool = Field(default=False, strict=True)
-    """Show a progress bar while documents are embedded."""
-
-    if TYPE_CHECKING:
-        _core: M3Embedder = PrivateAttr()
-
     def embed_documents(self, texts: list[str]) -> list[SparseVector]:
         """Weigh the tokens of documents.
 
@@ -63,14 +54,11 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         Raises:
             BGEError: As `bge_core.M3Embedder.encode` says.
         """
-        show = self.show_progress
-        return _vectors(self._core.encode(texts, dense=False, show_progress=show))
+        return _vectors(self._of_documents(texts))
 
     async def aembed_documents(self, texts: list[str]) -> list[SparseVector]:
         """Weigh the tokens of documents without blocking the event loop."""
-        show = self.show_progress
-        encoded = await self._core.aencode(texts, dense=False, show_progress=show)
-        return await asyncio.to_thread(_vectors, encoded)
+        return await asyncio.to_thread(_vectors, await self._aof_documents(texts))
 
     def embed_query(self, text: str) -> SparseVector:
         """Weigh the tokens of a query, as those of a document: bge-m3 wants no instruction.
@@ -81,20 +69,14 @@ class BGESparseEmbeddings(LocalModelFields, SparseEmbeddings):
         Raises:
             BGEError: As `bge_core.M3Embedder.encode` says.
         """
-        return _vectors(self._core.encode([text], dense=False, priority="interactive"))[0]
+        return _vectors([self._of_query(text)])[0]
 
     async def aembed_query(self, text: str) -> SparseVector:
         """Weigh the tokens of a query without blocking the event loop; see `embed_query`."""
-        return _vectors(await self._core.aencode([text], dense=False, priority="interactive"))[0]
-
-    def _make_core(self) -> M3Embedder:
-        core = M3Embedder(self.model, share_outputs=True, **self._options())
-        core.require("sparse")
-        return core
+        return _vectors([await self._aof_query(text)])[0]
 
 
-def _vectors(encoded: M3Outputs) -> list[SparseVector]:
+def _vectors(sparse: list[Weights]) -> list[SparseVector]:
     return [
-        SparseVector(indices=list(weights), values=list(weights.values()))
-        for weights in encoded.sparse or ()
+        SparseVector(indices=list(weights), values=list(weights.values())) for weights in sparse
     ]

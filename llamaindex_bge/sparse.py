@@ -74,19 +74,25 @@ class BGESparseEmbedding(EmbeddingComponent, BaseSparseEmbedding):  # type: igno
 
         They are queries by what waits for them: they overtake an index build.
         """
-        return _batch(_given(self._core.encode(texts, dense=False, priority="interactive").sparse))
+        return _batch(self._of_queries(texts))
 
     def _make_core(self) -> M3Embedder:
         made = M3Embedder(self.model_name, share_outputs=True, **self._options())
         made.require("sparse")
         return made
 
+    def _of_queries(self, queries: list[str]) -> list[SparseEmbedding]:
+        return _given(self._core.encode(queries, dense=False, priority="interactive").sparse)
+
+    async def _aof_queries(self, queries: list[str]) -> list[SparseEmbedding]:
+        encoded = await self._core.aencode(queries, dense=False, priority="interactive")
+        return _given(encoded.sparse)
+
     def _get_query_embedding(self, query: str) -> SparseEmbedding:
-        return _given(self._core.encode([query], dense=False, priority="interactive").sparse)[0]
+        return self._of_queries([query])[0]
 
     async def _aget_query_embedding(self, query: str) -> SparseEmbedding:
-        encoded = await self._core.aencode([query], dense=False, priority="interactive")
-        return _given(encoded.sparse)[0]
+        return (await self._aof_queries([query]))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[SparseEmbedding]:
         return _given(self._core.encode(texts, dense=False).sparse)
