@@ -13,7 +13,7 @@ STAND_IN = --data examples/encyclopaedia --model "$$($(BIN)/python examples/stan
 	--reranker "$$($(BIN)/python examples/stand_in.py reranker)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo playground evaluate test test-cuda test-browser test-notebooks test-server test-lowest test-newest lint format docs bench soak clean
+.PHONY: help demo playground evaluate test test-cuda test-browser test-notebooks test-server test-lowest test-newest test-stores lint format docs bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,11 @@ test-lowest:  ## Run all tests on the lowest versions that are supported (ARGS="
 test-newest:  ## Run all tests on what pip resolves today, without constraints (ARGS="-k words")
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
 
+test-stores:  ## Run the tests of the vector stores, with all of their packages (ARGS="-k words")
+	$(MAKE) --no-print-directory .venv-stores/.stores .venv-stores/langchain-milvus VENV=.venv-stores
+	.venv-stores/bin/python -m pytest tests/stores $(ARGS)
+	PYTHONPATH=.venv-stores/langchain-milvus .venv-stores/bin/python -m pytest tests/stores -k "LangChain and Milvus or langchain_milvus"
+
 lint: $(VENV)/.dev  ## Check style, imports, types (those of the pages' examples, too) and spelling
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -76,13 +81,17 @@ soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-docs .venv-infinity .venv-lowest .venv-newest site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-docs .venv-infinity .venv-lowest .venv-newest .venv-stores site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
-$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb $(VENV)/.playground $(VENV)/.browser $(VENV)/.notebooks: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb $(VENV)/.playground $(VENV)/.browser $(VENV)/.notebooks $(VENV)/.stores: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
+
+# langchain-milvus wants pymilvus 3, LlamaIndex's package pymilvus 2.
+.venv-stores/langchain-milvus: .venv-stores/.stores
+	.venv-stores/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ langchain-milvus==0.4.0 pymilvus==3.0.2
 
 .venv-docs/.made: docs/requirements.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs

@@ -18,7 +18,7 @@ except ImportError as exc:
 __all__ = ["BGEMilvusSparseEmbeddings"]
 
 
-class BGEMilvusSparseEmbeddings(SparseFields, BaseSparseEmbedding):
+class BGEMilvusSparseEmbeddings(SparseFields, BaseSparseEmbedding):  # type: ignore[misc]
     """bge-m3's token weights, for `Milvus` in hybrid or sparse mode.
 
     Milvus takes it in the list of its embedding functions:

@@ -53,8 +53,8 @@ def fused(folder: Path, query: str, texts: list[str], *, first: int) -> dict[str
     alone = M3Embedder(folder)
     asked, given = alone.encode([query]), alone.encode(texts)
     dense = given.dense @ asked.dense[0]
-    sparse = [
-        sum(text.get(token, 0.0) * weight for token, weight in asked.sparse[0].items())
+    sparse: list[float] = [
+        sum((text.get(token, 0.0) * weight for token, weight in asked.sparse[0].items()), 0.0)
         for text in given.sparse
     ]
     scores = dict.fromkeys(texts, 0.0)
