@@ -28,6 +28,7 @@ _DTYPES = {
     "float32": "float32",
     "fp32": "float32",
     "float": "float32",
+    "int8": "int8",
 }
 _DEVICE = re.compile(r"[a-z]+(:\d+)?")
 _warned_devices: set[str] = set()
@@ -40,7 +41,7 @@ class Placement:
     Attributes:
         devices: Device names such as `("cuda:0", "cuda:1")`; empty means that the best one of
             this machine is picked when the model loads: cuda, then mps, then cpu.
-        dtype: `"auto"`, `"float16"`, `"bfloat16"` or `"float32"`.
+        dtype: `"auto"`, `"float16"`, `"bfloat16"`, `"float32"` or `"int8"`.
     """
 
     devices: tuple[str, ...] = ()
@@ -63,7 +64,8 @@ class Placement:
             use_fp16: FlagEmbedding's word: True means float16, False float32.
 
         Raises:
-            ArgumentError: An unknown word, or `use_fp16` and `dtype` disagree.
+            ArgumentError: An unknown word, `use_fp16` and `dtype` disagree, or int8 on another
+                device than the CPU.
             InputTypeError: Something that is no device or no dtype at all.
         """
         named = _dtype_name(dtype)
@@ -79,7 +81,9 @@ class Placement:
                 )
                 raise ArgumentError(msg)
             named = wanted
-        return cls(devices=_device_names(device), dtype=named)
+        devices = _device_names(device)
+        _check_int8(named, devices)
+        return cls(devices=devices, dtype=named)
 
     def resolve(self, half: str = "float16") -> tuple[tuple[str, ...], str]:
         """Pick real devices and a real dtype on this machine; imports torch.
@@ -92,11 +96,13 @@ class Placement:
             float32, which is said once in the log: CPUs have no fast float16 arithmetic.
 
         Raises:
-            ArgumentError: A device that this machine or this torch build lacks.
+            ArgumentError: A device that this machine or this torch build lacks, or int8 where the
+                best device is no CPU.
         """
         for name in self.devices:
             _check_device(name)
         devices = tuple(_one_name(name) for name in self.devices or (_best_device(),))
+        _check_int8(self.dtype, devices)
         on_cpu = [name for name in devices if name.split(":")[0] == "cpu"]
         if self.dtype == "auto":
             on_cuda = all(name.startswith("cuda") for name in devices)
@@ -120,10 +126,21 @@ def _dtype_name(dtype: object) -> str:
     word = str(dtype).removeprefix("torch.")
     if word not in _DTYPES:
         msg = (
-            f"dtype={shown(word)} is not supported: use 'auto', 'float32', 'float16' or 'bfloat16'."
+            f"dtype={shown(word)} is not supported: use 'auto', 'float32', 'float16', 'bfloat16' "
+            "or, on a CPU, 'int8'."
         )
         raise ArgumentError(msg)
     return _DTYPES[word]
+
+
+def _check_int8(dtype: str, devices: Sequence[str]) -> None:
+    others = [name for name in devices if name.partition(":")[0] != "cpu"]
+    if dtype == "int8" and others:
+        msg = (
+            f"dtype='int8' runs on the CPU, not on device={others[0]!r}: pass device='cpu', or "
+            "dtype='auto'."
+        )
+        raise ArgumentError(msg)
 
 
 def _device_names(device: object) -> tuple[str, ...]:

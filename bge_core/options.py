@@ -103,7 +103,8 @@ class ModelOptions:
         model: A hub id (`"BAAI/bge-small-en-v1.5"`) or a folder.
         device: `"cuda"`, `"cuda:1"`, `"mps"`, `"cpu"`, or several of them; None for the best.
         dtype: `"auto"` (on cuda float16, of decoders bfloat16; else float32), `"float32"`,
-            `"float16"` or `"bfloat16"`. What comes out is float32 always.
+            `"float16"`, `"bfloat16"`, or on a CPU `"int8"`, which is faster and a little less
+            exact. What comes out is float32 always.
         use_fp16: FlagEmbedding's word for float16 (True) or float32 (False).
         max_length: Tokens that are read of a text or pair, special ones included; None for the
             checkpoint's own limit.

@@ -20,7 +20,7 @@ class RunnerOptions:
     Attributes:
         kind: `"embedder"` or `"reranker"`.
         pooling: The hidden states that make the vector; None for a reranker.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
         trust_remote_code: Run Python code that the checkpoint carries.
         cache_folder: Where a converted model is kept; None for the user's cache.
         answer: The token whose logit is the score, of a reranker that is a language model.

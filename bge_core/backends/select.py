@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bge_core.backends.base import POOLS, default_budget, identity, pooled, takes_types
-from bge_core.backends.bert import load_bert
+from bge_core.backends.bert import FAMILIES, load_bert
+from bge_core.backends.int8 import int8_works, quantize_linear_weights
 from bge_core.backends.loading import check_computes, load_model, out_of_memory_error
 from bge_core.backends.m3_heads import M3Heads
 from bge_core.backends.memory import is_out_of_memory
@@ -17,6 +19,7 @@ from bge_core.backends.output_cache import OutputCache
 from bge_core.backends.packed import PackedRunner, PooledHead
 from bge_core.backends.padded import PaddedRunner, eager_length, load_sentence_transformers
 from bge_core.checkpoints.metadata import is_m3_architecture
+from bge_core.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +43,18 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
         device: A device that this machine has.
 
     Raises:
-        CheckpointError: The weights are missing or damaged.
+        ArgumentError: int8 on a processor, or a torch, that lacks what computes it.
+        CheckpointError: The weights are missing or damaged, or no int8 can be had of them.
         ComputationError: They don't fit on the device.
     """
     place = torch.device(device)
+    int8 = options.dtype == "int8"
+    # What is not a linear layer of the encoder stays in float32.
+    options = replace(options, dtype="float32") if int8 else options
     kind, dtype, trust = options.kind, options.dtype, options.trust_remote_code
     pooling = options.pooling or "cls"
+    if int8:
+        _check_int8(checkpoint, options)
     if checkpoint.layer_heads is not None and options.depth is not None:
         from bge_core.backends.layerwise import load_layerwise_runner
 
@@ -62,7 +71,10 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
     bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
     if bert is not None:
         # Ours alone: other models' code may look at the weights of a layer itself.
-        bert.bucketed = place.type == "cpu" and dtype == "float32" and prepack_linear_weights(bert)
+        if int8:
+            quantize_linear_weights(bert)
+        elif place.type == "cpu" and dtype == "float32":
+            bert.bucketed = prepack_linear_weights(bert)
         heads = _heads(checkpoint, options, pooling, bert.head, place)
         return _packed(bert, heads, checkpoint, bert.shape, options, place)
     from bge_core.backends.stock import classifier_head, transformers_encoder
@@ -71,6 +83,8 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
     model: Any = load_model(
         checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust, copied=copied
     )
+    if int8:
+        raise _no_int8(checkpoint)
     try:
         model.to(place)
     except Exception as exc:
@@ -109,6 +123,26 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
     )
     check_computes(checkpoint, runner)
     return runner
+
+
+def _check_int8(checkpoint: Checkpoint, options: RunnerOptions) -> None:
+    """Refuse int8 where nothing computes it, before the weights are read."""
+    if not int8_works():
+        msg = (
+            "dtype='int8' needs torch's FBGEMM operators on an x86 processor with AVX2, which this "
+            f"machine or torch {torch.__version__} lacks: pass dtype='float32'."
+        )
+        raise ArgumentError(msg)
+    own_modules = options.kind == "embedder" and not checkpoint.only_standard_modules
+    if own_modules or options.depth is not None or checkpoint.family not in FAMILIES:
+        raise _no_int8(checkpoint)
+
+
+def _no_int8(checkpoint: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"dtype='int8' runs encoders of the families {', '.join(FAMILIES)} as they are published, "
+        f"and {checkpoint.name!r} ({checkpoint.family}) is another model: pass dtype='float32'."
+    )
 
 
 def _heads(

@@ -241,7 +241,7 @@ class LocalModel(Closeable):
 
     @property
     def dtype(self) -> str:
-        """The number format that computes on this machine: float32, float16 or bfloat16."""
+        """The number format that computes on this machine: float32, float16, bfloat16 or int8."""
         return self.placed()[1]
 
     @property

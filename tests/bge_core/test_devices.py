@@ -49,6 +49,7 @@ def test_cuda_comes_before_mps_before_cpu(monkeypatch, cuda, mps, best, dtype):
         ("bf16", "bfloat16"),
         (torch.float32, "float32"),
         (torch.bfloat16, "bfloat16"),
+        ("int8", "int8"),
     ],
 )
 def test_accepted_words_for_a_dtype(word, name):
@@ -92,7 +93,7 @@ def test_use_fp16_and_dtype_that_disagree_are_refused(fp16, dtype):
         Placement.of(use_fp16=fp16, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float64", "", "Float16 ", torch.int8])
+@pytest.mark.parametrize("dtype", ["int4", "float64", "", "Float16 ", torch.int16])
 def test_an_unknown_dtype_is_refused(dtype):
     with pytest.raises(ArgumentError, match="dtype"):
         Placement.of(dtype=dtype)
