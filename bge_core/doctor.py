@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,16 @@ _PACKAGES = (
     *("bge-adapters", "torch", "transformers", "sentence-transformers", "tokenizers"),
     *("huggingface-hub", "numpy", "langchain-core", "llama-index-core", "openvino"),
 )
+# Flags of Linux's /proc/cpuinfo, and what they are called elsewhere.
+_INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "AVX VNNI",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 bfloat16",
+    "amx_int8": "AMX int8",
+    "amx_bf16": "AMX bfloat16",
+}
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _QUERY = "What is a panda?"
 # Of several lengths, so that the first one is in a pack with others.
@@ -88,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", nargs="?", help="a hub id or a folder; none for versions alone")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best one if not given")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 or int8")
     parser.add_argument("--backend", default="torch", help="torch, openvino or auto")
     parser.add_argument("--revision", help="a branch, tag or commit on the hub")
     parser.add_argument("--cache-folder", help="the hub's cache; the usual one if not given")
@@ -120,10 +130,16 @@ def _versions(report: _Report) -> None:
 def _devices(report: _Report) -> None:
     import torch
 
+    from bge_core.backends.int8 import int8_works
+
     cores = f"{os.cpu_count()} cores"
     if hasattr(os, "sched_getaffinity"):
         cores += f", {len(os.sched_getaffinity(0))} of them for this process"
     report.row("cpu", f"{cores}, {torch.get_num_threads()} threads of torch")
+    flags = _cpu_flags()
+    known = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+    report.row("cpu instructions", ", ".join(known) or torch.backends.cpu.get_cpu_capability())
+    report.row("dtypes that pay", "; ".join(_dtypes(flags, int8=int8_works())))
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         report.row(f"cuda:{index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
@@ -131,6 +147,29 @@ def _devices(report: _Report) -> None:
         report.row("mps", "available")
     devices, dtype = Placement.of().resolve()
     report.row("by default", f"{devices[0]}, {dtype}")
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Return what Linux says that the processor can; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def _dtypes(flags: frozenset[str], *, int8: bool) -> Iterator[str]:
+    """Say which `dtype=` pays on the CPU."""
+    yield "float32 always"
+    if int8 and flags & {"avx_vnni", "avx512_vnni", "amx_int8"}:
+        yield "int8 for BERT and XLM-RoBERTa, 1.5 times as fast without VNNI, which is here"
+    elif int8:
+        yield "int8 for BERT and XLM-RoBERTa, about 1.5 times as fast"
+    if flags & {"avx512_bf16", "amx_bf16"}:
+        yield "bfloat16: compare it with float32"
+    else:
+        yield "not bfloat16, which is slower here"
 
 
 def _cached(report: _Report, options: argparse.Namespace) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bge_core import Embedder, Reranker, doctor
+from bge_core.backends.int8 import int8_works
 from bge_core.doctor import main
 
 
@@ -59,6 +61,27 @@ def test_what_is_not_installed_is_said(page, monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", ("torch", "no-such-package"))
     rows, code = page()
     assert (rows["no-such-package"], code) == ("not installed", 0)
+
+
+def test_what_the_processor_has_is_what_torch_sees(page):
+    rows, _ = page()
+    seen = torch.backends.cpu.get_cpu_capability()
+    if seen in ("AVX2", "AVX512"):
+        assert ("AVX-512" in rows["cpu instructions"].split(", ")) == (seen == "AVX512")
+        assert "AVX2" in rows["cpu instructions"]
+    assert ("int8" in rows["dtypes that pay"]) == int8_works()
+
+
+@pytest.mark.parametrize(
+    ("flags", "int8", "said"),
+    [
+        ((), False, "float32 always; not bfloat16"),
+        (("avx2",), True, "float32 always; int8 .* about 1.5 times as fast; not bfloat16"),
+        (("avx512_vnni", "amx_bf16"), True, "float32 always; int8 .* VNNI.*; bfloat16: compare"),
+    ],
+)
+def test_which_dtypes_pay(flags, int8, said):
+    assert re.match(said, "; ".join(doctor._dtypes(frozenset(flags), int8=int8)))
 
 
 def test_an_embedder(page, en_folder):
