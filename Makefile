@@ -74,14 +74,14 @@ format: $(VENV)/.dev  ## Mend style where a tool can, and draw docs/imports.svg 
 docs: .venv-docs/.made  ## Build the documentation with the API reference, in site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
 
-bench: $(VENV)/.bench  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for docs/speed.md)
+bench: $(VENV)/.bench .venv-peers/.made  ## Speed against the hosts' own classes (ARGS="--quick", "--write" for docs/speed.md)
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 soak: $(VENV)/.bench  ## Half an hour of mixed load (ARGS="--minutes 3 --warm-up 1" for a short look)
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-docs .venv-infinity .venv-lowest .venv-newest .venv-stores site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-docs .venv-infinity .venv-lowest .venv-newest .venv-peers .venv-stores site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb $(VENV)/.playground $(VENV)/.browser $(VENV)/.notebooks $(VENV)/.stores: $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bge-adapters needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -96,6 +96,12 @@ $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench $(VENV)/.mteb $(VENV)/.playground $(VE
 .venv-docs/.made: docs/requirements.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
+# Their exporters pin another transformers than ours.
+.venv-peers/.made: Makefile
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'sentence-transformers>=5' 'optimum-onnx[onnxruntime]' 'optimum-intel[openvino]' 'fastembed>=0.7'
 	@touch $@
 
 # The server wants an older transformers than ours.

@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import pickle
 import platform
 import socket
 import statistics
@@ -30,12 +31,15 @@ from typing import Any, Literal
 
 import numpy as np
 import shapes
+from peers import KINDS
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 OURS = "bge-adapters"
 HERE = Path(__file__).parent
+PEERS = HERE.parent / ".venv-peers" / "bin" / "python"  # `make bench` makes it
+BATCHES = (4, 8, 32)
 INFINITY = HERE.parent / ".venv-infinity" / "bin" / "infinity_emb"
 PACKAGES = (
     "torch",
@@ -84,7 +88,8 @@ def interleave(
 
     Args:
         name: What is measured.
-        contenders: Name to a call that gives its vectors or scores.
+        contenders: Name to a call that gives its vectors or scores; as a tuple, the seconds
+            that it took itself come first.
         repeats: Timed rounds, after one that is not counted.
         note: For the table.
 
@@ -96,8 +101,11 @@ def interleave(
     for _ in tqdm(range(repeats + 1), desc=name, leave=False):
         for contender, run in contenders.items():
             started = time.perf_counter()
-            results[contender] = run()
-            samples[contender].append(time.perf_counter() - started)
+            out = run()
+            spent = time.perf_counter() - started
+            spent, out = out if isinstance(out, tuple) else (spent, out)
+            results[contender] = out
+            samples[contender].append(spent)
     ours = np.asarray(results[OURS], dtype=np.float64)
     apart = max(float(np.abs(np.asarray(result) - ours).max()) for result in results.values())
     medians = {contender: statistics.median(times[1:]) for contender, times in samples.items()}
@@ -305,6 +313,97 @@ def one_query(
     }
     label = f"(d) one query, {backend}, {folder.name}"
     return interleave(label, contenders, repeats=repeats)
+
+
+class Peer:
+    """A contender in a process of its own (peers.py).
+
+    Args:
+        kind: Which one.
+        folder: The checkpoint.
+        stack: Ends the process.
+    """
+
+    def __init__(self, kind: str, folder: Path, stack: ExitStack) -> None:
+        own = kind.startswith("bge-adapters")
+        python = sys.executable if own or not PEERS.exists() else str(PEERS)
+        self._process = subprocess.Popen(
+            [python, "-W", "ignore", HERE / "peers.py", kind, folder],
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": str(HERE.parent) if own else "",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        stack.callback(self._process.wait, 30)
+        stack.callback(self._process.terminate)
+        self.ready = self._answer() is not None
+
+    def __call__(self, texts: Sequence[str], batch: int) -> tuple[float, Any]:
+        """Return the seconds that the texts took, and their vectors."""
+        assert self._process.stdin is not None
+        pickle.dump((texts, batch), self._process.stdin)
+        self._process.stdin.flush()
+        seconds, vectors = self._answer()
+        return seconds, vectors
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        try:
+            return pickle.load(self._process.stdout)
+        except EOFError:  # it lacks a package, or failed
+            return None
+
+
+def runtimes(folder: Path, *, count: int, repeats: int) -> list[Outcome]:
+    """(h) CPU runtimes, each in a process of its own: bulk by batch size, and one query."""
+    passages, query = shapes.texts(count), shapes.queries(1)
+    with ExitStack() as stack:
+        started = {kind: Peer(kind, folder, stack) for kind in KINDS}
+        peers = {kind: peer for kind, peer in started.items() if peer.ready}
+        missing = ", ".join(started.keys() - peers.keys())
+        note = f"not to be had here: {missing};" if missing else ""
+        bulk: dict[str, Callable[[], Any]] = {}
+        for kind, peer in peers.items():
+            for batch in (0,) if kind.startswith(OURS) else BATCHES:
+                name = f"{kind}, batch {batch}" if batch else kind
+                bulk[name] = lambda peer=peer, batch=batch: peer(passages, batch)
+        asked: dict[str, Callable[[], Any]] = {
+            kind: lambda peer=peer: peer(query, 1) for kind, peer in peers.items()
+        }
+        return [
+            interleave(f"(h) {count} texts, {folder.name}", bulk, repeats=repeats, note=note),
+            interleave(f"(h) one query, {folder.name}", asked, repeats=40, note=note),
+        ]
+
+
+def int8_reranker(folder: Path, *, count: int, repeats: int) -> Outcome:
+    """(i) Rerank passages for one query in eight bits and in float32."""
+    from langchain_core.documents import Document
+
+    from langchain_bge import BGEReranker
+
+    query = shapes.queries(1)[0]
+    documents = [Document(text) for text in shapes.texts(count, seed=2)]
+
+    def scores(dtype: str) -> Callable[[], Any]:
+        model = BGEReranker(
+            model=folder, dtype=dtype, top_n=None, on_truncation="ignore", max_length=512
+        )
+
+        def run() -> list[float]:
+            ranked = model.compress_documents(documents, query)
+            order = {document.page_content: n for n, document in enumerate(documents)}
+            ranked = sorted(ranked, key=lambda document: order[document.page_content])
+            return [document.metadata["relevance_score"] for document in ranked]
+
+        return run
+
+    contenders = {OURS: scores("float32"), f"{OURS}, int8": scores("int8")}
+    return interleave(f"(i) rerank {count} passages, {folder.name}", contenders, repeats=repeats)
 
 
 def queries_while_indexing(folder: Path, *, count: int, rounds: int) -> list[Outcome]:
@@ -536,7 +635,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer texts and rounds")
     parser.add_argument("--count", type=int, help="texts of the bulk parts (default 300)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 5)")
-    parser.add_argument("--only", default="abcdefg", help="letters of the parts to run")
+    parser.add_argument("--only", default="abcdefghi", help="letters of the parts to run")
     parser.add_argument("--shapes", default="stand-in,small,base")
     parser.add_argument("--json", type=Path, default=HERE / "speed.json")
     parser.add_argument("--write", action="store_true", help="update docs/speed.md and its chart")
@@ -584,6 +683,11 @@ def main() -> None:
                 outcomes += queries_while_indexing(small, count=count // 2, rounds=rounds // 2 + 1)
             elif letter == "f":
                 outcomes.append(cold_start(small, repeats=rounds))
+            elif letter == "h":
+                outcomes += runtimes(small, count=count // 3, repeats=rounds)
+            elif letter == "i":
+                folder = shapes.make(shapes.RERANKER, Path(root), reranker=True)
+                outcomes.append(int8_reranker(folder, count=100, repeats=rounds))
             elif letter == "g":
                 outcomes.append(peak_memory(small, count=count))
     where = machine()
