@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -370,9 +371,9 @@ def runtimes(folder: Path, *, count: int, repeats: int) -> list[Outcome]:
         for kind, peer in peers.items():
             for batch in (0,) if kind.startswith(OURS) else BATCHES:
                 name = f"{kind}, batch {batch}" if batch else kind
-                bulk[name] = lambda peer=peer, batch=batch: peer(passages, batch)
+                bulk[name] = partial(peer, passages, batch)
         asked: dict[str, Callable[[], Any]] = {
-            kind: lambda peer=peer: peer(query, 1) for kind, peer in peers.items()
+            kind: partial(peer, query, 1) for kind, peer in peers.items()
         }
         return [
             interleave(f"(h) {count} texts, {folder.name}", bulk, repeats=repeats, note=note),
