@@ -133,7 +133,9 @@ def _check_int8(checkpoint: Checkpoint, options: RunnerOptions) -> None:
             f"machine or torch {torch.__version__} lacks: pass dtype='float32'."
         )
         raise ArgumentError(msg)
-    own_modules = options.kind == "embedder" and not checkpoint.only_standard_modules
+    own_modules = options.kind == "embedder" and (
+        not checkpoint.only_standard_modules or (options.pooling or "cls") not in POOLS
+    )
     if own_modules or options.depth is not None or checkpoint.family not in FAMILIES:
         raise _no_int8(checkpoint)
 

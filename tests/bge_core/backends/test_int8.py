@@ -1,5 +1,6 @@
 """Eight bits: the products are exact, the vectors near float32's, and nobody else's."""
 
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -200,3 +201,15 @@ def test_both_hosts_take_it(en_folder, corpus):
             list(corpus[:3])
         )
         np.testing.assert_allclose(theirs, expected, atol=5e-3)
+
+
+@here
+def test_another_pooling_than_three_is_refused_too(en_folder, copy_of):
+    folder = copy_of(en_folder)
+    file = folder / "1_Pooling" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}
+    file.write_text(json.dumps(config))
+    refused = pytest.raises(CheckpointError, match="dtype='int8' runs encoders")
+    with Embedder(folder, dtype="int8", query_instruction="") as model, refused:
+        model.embed_documents(["x"])
