@@ -32,6 +32,8 @@ def test_public_names_are_these():
         "M3Reranker",
         "M3Weights",
         "MissingExtraError",
+        "ModelStats",
+        "PairPrompt",
         "Profile",
         "QueryExample",
         "Ranked",
