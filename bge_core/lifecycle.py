@@ -75,7 +75,8 @@ class Closeable(ContextManaged):
 
     def after_fork(self) -> None:
         """Start over in a forked child: what another thread held there stays locked for ever."""
-        self._flight_lock = threading.Lock()
+        # A signal's handler may close the model while its own thread holds the lock.
+        self._flight_lock = threading.RLock()
         self._in_flight: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
 
     def _init_process_state(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class Counters:
         "_wait",
     )
 
-    def __init__(self, lock: Lock | None = None) -> None:
-        self._lock = lock or Lock()
+    def __init__(self, lock: AbstractContextManager[bool] | None = None) -> None:
+        self._lock = RLock() if lock is None else lock
         self._requests = self._texts = self._sequences = self._tokens = self._packs = 0
         self._cache_hits = 0
         self._tokenize = self._wait = self._compute = self._hand_out = 0.0

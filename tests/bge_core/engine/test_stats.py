@@ -181,6 +181,20 @@ def test_a_closed_model_s_counters_stay(en_folder):
     assert embedder.stats() == before
 
 
+def test_a_signal_s_handler_may_close_and_read_whatever_its_thread_was_at(en_folder):
+    embedder = Embedder(en_folder)
+
+    def interrupted():
+        with embedder._model.counters._lock:  # here the signal comes
+            embedder.close()
+            embedder.stats()
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_what_is_refused_is_not_counted(en_folder, reranker_folder):
     with Embedder(en_folder) as embedder, Reranker(reranker_folder) as reranker:
         for wrong in (
