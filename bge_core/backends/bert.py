@@ -49,12 +49,17 @@ class _Shape:
 
 
 class _Layer(torch.nn.Module):
-    def __init__(self, shape: _Shape) -> None:
+    def __init__(self, shape: _Shape, *, last: bool) -> None:
         super().__init__()
         width = shape.hidden_size
         self._heads = (shape.num_attention_heads, width // shape.num_attention_heads)
-        self.query = torch.nn.Linear(width, width)
-        self.key_value = torch.nn.Linear(width, 2 * width)
+        self._last = last
+        if last:
+            # Its queries are computed of the first tokens only, where that will do.
+            self.query = torch.nn.Linear(width, width)
+            self.key_value = torch.nn.Linear(width, 2 * width)
+        else:
+            self.query_key_value = torch.nn.Linear(width, 3 * width)
         self.attention_output = torch.nn.Linear(width, width)
         self.attention_output_norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
         self.intermediate = torch.nn.Sequential(
@@ -65,8 +70,12 @@ class _Layer(torch.nn.Module):
 
     def forward(self, hidden: Tensor, pack: Pack) -> Tensor:
         """Compute every row, [rows, hidden] -> [rows, hidden]."""
-        queries = self.query(hidden).view(-1, *self._heads)
-        keys, values = self._keys_and_values(hidden)
+        if self._last:
+            queries = self.query(hidden).view(-1, *self._heads)
+            keys, values = self._keys_and_values(hidden)
+        else:
+            together = self.query_key_value(hidden).view(-1, 3, *self._heads)
+            queries, keys, values = together.unbind(1)
         return self._after(attend(queries, keys, values, pack), hidden)
 
     def first_token_states(self, hidden: Tensor, pack: Pack) -> Tensor:
@@ -107,7 +116,10 @@ class Bert(torch.nn.Module):
         self.position_embeddings = _table(shape.max_position_embeddings, width)
         self.token_type_embeddings = _table(shape.type_vocab_size, width)
         self.norm = torch.nn.LayerNorm(width, shape.layer_norm_eps)
-        self.layers = torch.nn.ModuleList(_Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = torch.nn.ModuleList(
+            _Layer(shape, last=index == shape.num_hidden_layers - 1)
+            for index in range(shape.num_hidden_layers)
+        )
         # The pooler and classifier of BERT and the classifier of RoBERTa are one computation.
         self.head = (
             torch.nn.Sequential(
@@ -241,7 +253,7 @@ def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[
     modules: dict[str, tuple[str, ...]] = {"norm": (f"{prefix}embeddings.LayerNorm",)}
     for index in range(layers):
         layer = f"{prefix}encoder.layer.{index}"
-        for ours, theirs in _LAYER.items():
+        for ours, theirs in (_LAYER | (_LAST if index == layers - 1 else _NOT_LAST)).items():
             modules[f"layers.{index}.{ours}"] = tuple(f"{layer}.{name}" for name in theirs)
     if head:
         of_bert = "classifier.dense.weight" not in weights
@@ -257,11 +269,12 @@ def _renamed(weights: Mapping[str, Tensor], layers: int, *, head: bool) -> dict[
 _WORDS = "embeddings.word_embeddings"
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _LAYER = {
-    "query": ("attention.self.query",),
-    "key_value": ("attention.self.key", "attention.self.value"),
     "attention_output": ("attention.output.dense",),
     "attention_output_norm": ("attention.output.LayerNorm",),
     "intermediate.0": ("intermediate.dense",),
     "output": ("output.dense",),
     "output_norm": ("output.LayerNorm",),
 }
+_QUERY, _KEY_VALUE = ("attention.self.query",), ("attention.self.key", "attention.self.value")
+_NOT_LAST = {"query_key_value": _QUERY + _KEY_VALUE}
+_LAST = {"query": _QUERY, "key_value": _KEY_VALUE}
