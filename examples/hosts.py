@@ -257,8 +257,10 @@ class LangChainHost:
     def _store(self, *, hybrid: bool) -> Any:
         from langchain_qdrant import QdrantVectorStore, RetrievalMode
 
+        # `index` made the collection to fit; checking it would embed a text at each question.
+        made: dict[str, Any] = {"validate_collection_config": False}
         if not hybrid:
-            return QdrantVectorStore(self._client, self._collection, self._embeddings)
+            return QdrantVectorStore(self._client, self._collection, self._embeddings, **made)
         from langchain_bge import BGESparseEmbeddings
 
         return QdrantVectorStore(
@@ -267,6 +269,7 @@ class LangChainHost:
             self._embeddings,
             sparse_embedding=BGESparseEmbeddings(model=self._embedder),
             retrieval_mode=RetrievalMode.HYBRID,
+            **made,
         )
 
 
