@@ -77,8 +77,8 @@ class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, Batch
     def to_payload(self) -> dict[str, Any]:
         """Describe the model for events, without credentials."""
         shown = (
-            *("model_name", "embed_batch_size", "query_instruction", "document_instruction"),
-            *("task_description", "normalize", "truncate_dim", "max_length", "device", "dtype"),
+            *("model_name", "embed_batch_size", "query_instruction", "task_description"),
+            *("normalize", "max_length", "device", "dtype"),
         )
         return {"class_name": self.class_name(), **{name: getattr(self, name) for name in shown}}
 
