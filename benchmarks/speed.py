@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -531,6 +531,15 @@ def peak_memory(folder: Path, *, count: int) -> Outcome:
     return Outcome(f"(g) peak memory of {count} texts, {folder.name}", "MiB", figures)
 
 
+def _installed(name: str) -> bool:
+    """Return whether a package is here: parts (h) and (i) don't need the hosts' own classes."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def machine() -> dict[str, Any]:
     """Say on what this was measured."""
     import torch
@@ -548,7 +557,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES if _installed(name)},
     }
 
 
