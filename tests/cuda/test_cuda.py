@@ -16,7 +16,7 @@ import transformers
 
 from bge_core import ComputationError, Embedder, M3Embedder, Reranker
 from bge_core.backends import packing
-from bge_core.backends.base import POOLS, OverlappingRunner
+from bge_core.backends.base import POOLS, OverlappingRunner, TorchRunner
 from bge_core.backends.packing import Pack, attend, attend_first
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.select import load_runner
@@ -121,18 +121,19 @@ def pack_of(*lengths):
 def test_attention_of_a_pack_is_that_of_each_sequence(dtype, head_dim, causal, window, key_heads):
     pack = pack_of(1, 3, 3, 17, 40)
     torch.manual_seed(0)
-    made = [
+    queries, keys, values = [
         torch.randn(pack.tokens, heads, head_dim, device=DEVICE, dtype=getattr(torch, dtype))
         for heads in (4, key_heads, key_heads)
     ]
     with torch.inference_mode():
-        found = attend(*made, pack, causal=causal, sliding_window=window)
+        found = attend(queries, keys, values, pack, causal=causal, sliding_window=window)
         if key_heads == 4:  # no encoder shares keys among its heads
-            first = attend_first(made[0][pack.first_token_indices()], *made[1:], pack)
+            first = attend_first(queries[pack.first_token_indices()], keys, values, pack)
     at = 0
     for number, length in enumerate(pack.lengths):
         query, key, value = (
-            rows[at : at + length].float().repeat_interleave(4 // rows.shape[1], 1) for rows in made
+            rows[at : at + length].float().repeat_interleave(4 // rows.shape[1], 1)
+            for rows in (queries, keys, values)
         )
         scores = torch.einsum("qhd,khd->hqk", query, key) * head_dim**-0.5
         place = torch.arange(length, device=DEVICE)
@@ -244,6 +245,7 @@ def test_what_overflows_in_float16_is_computed_again(pooling, tmp_path):
     model.save_pretrained(tmp_path)
     options = RunnerOptions(kind="embedder", pooling=pooling, dtype="float16")
     runner = load_runner(read(Source.of(tmp_path), tmp_path), options, device="cuda:0")
+    assert isinstance(runner, TorchRunner)
     texts = [TokenSequence(ids, 4) for ids in ([5, 6, 7, 8], [99, 6, 7, 8])]
     with torch.inference_mode():
         assert not np.isfinite(runner._launch(texts)()).all()
