@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ def read_beir(folder: Path) -> tuple[Questions, list[tuple[str, str]]]:
             raise ArgumentError(msg)
     passages = [
         (str(row["_id"]), f"{row.get('title') or ''} {row['text']}".strip())
-        for row in json_lines(folder / "corpus.jsonl", "_id", "text")
+        for row in json_lines(folder / "corpus.jsonl", "_id", texts=("text",))
     ]
     relevant: dict[str, dict[str, int]] = {}
-    for line in qrels.read_text(encoding="utf-8").splitlines()[1:]:
+    for line in _lines(qrels)[1:]:
+        if not line.strip():
+            continue
         try:
             query, passage, grade = line.split("\t")
             judged = int(grade)
@@ -65,38 +67,49 @@ def read_beir(folder: Path) -> tuple[Questions, list[tuple[str, str]]]:
     if not relevant:
         msg = f"{qrels} has no score above 0 after its first line, the heading."
         raise ArgumentError(msg)
-    asked = json_lines(folder / "queries.jsonl", "_id", "text")
-    texts = {str(row["_id"]): str(row["text"]) for row in asked}
+    asked = json_lines(folder / "queries.jsonl", "_id", texts=("text",))
+    texts = {str(row["_id"]): row["text"] for row in asked}
     if unknown := sorted(relevant.keys() - texts.keys()):
         msg = f"{qrels} judges {len(unknown)} questions that queries.jsonl lacks: {unknown[:3]}."
         raise ArgumentError(msg)
     return Questions({query: texts[query] for query in relevant}, relevant), passages
 
 
-def json_lines(file: Path, *names: str) -> Iterator[dict[str, Any]]:
+def json_lines(file: Path, *names: str, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Read a file of one JSON object a line; blank lines count for nothing.
 
     Args:
         file: The file, in UTF-8.
         names: What each object must have.
+        texts: What each must have that is a string.
 
     Raises:
         ArgumentError: The file can't be read, or a line is no such object.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        msg = f"{file} can't be read: {exc}."
-        raise ArgumentError(msg) from exc
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not row.keys() >= set(names):
-            wanted = ", ".join(f'"{name}"' for name in names)
+        if not isinstance(row, dict) or not row.keys() >= {*names, *texts}:
+            wanted = ", ".join(f'"{name}"' for name in (*texts, *names))
             msg = f"{file} has in line {number} no JSON object with {wanted}: {line[:80]!r}."
             raise ArgumentError(msg)
+        for name in texts:
+            if not isinstance(row[name], str):
+                msg = f'{file} has in line {number} a "{name}" that is no string: {line[:80]!r}.'
+                raise ArgumentError(msg)
         yield row
+
+
+def _lines(file: Path) -> list[str]:
+    """Read a file's lines; Windows' programs may begin it with a byte order mark."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as exc:
+        msg = f"{file} can't be read: {exc}."
+        raise ArgumentError(msg) from exc
+    # Not by splitlines: a text may hold U+2028 or U+0085, which JSON leaves as they are.
+    return text.split("\n")

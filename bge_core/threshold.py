@@ -154,14 +154,16 @@ def from_pairs(
     """
     passages: dict[str, list[str]] = {}
     labels: dict[str, list[bool]] = {}
-    for row in json_lines(file, "query", "passage", "label"):
+    for row in json_lines(file, "label", texts=("query", "passage")):
         try:
-            label = float(row["label"]) > 0
-        except (TypeError, ValueError) as exc:
+            label = float(row["label"])
+        except (TypeError, ValueError, OverflowError):
+            label = math.nan
+        if math.isnan(label):
             msg = f"{file} has the label {row['label']!r}: expected a number, above 0 if relevant."
-            raise ArgumentError(msg) from exc
+            raise ArgumentError(msg)
         passages.setdefault(row["query"], []).append(row["passage"])
-        labels.setdefault(row["query"], []).append(label)
+        labels.setdefault(row["query"], []).append(label > 0)
     relevant: list[float] = []
     other: list[float] = []
     for query, scores in _scored(passages, embedder, reranker):

@@ -43,7 +43,7 @@ def encyclopaedia_questions() -> Questions:
 
 def read_questions(file: Path = QUESTIONS) -> Questions:
     """Read the questions about Python; what answers them are topics of the reference."""
-    rows = list(json_lines(file, "question", "topics"))
+    rows = list(json_lines(file, "topics", texts=("question",)))
     return Questions(
         {str(number): row["question"] for number, row in enumerate(rows)},
         {str(number): dict.fromkeys(row["topics"], 1) for number, row in enumerate(rows)},

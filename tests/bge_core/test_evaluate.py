@@ -13,7 +13,7 @@ import pytest
 from ir_measures import RR, R, nDCG
 
 from bge_core import ArgumentError, Embedder, Reranker, evaluate
-from bge_core.beir import read_beir
+from bge_core.beir import json_lines, read_beir
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTION = "Represent this sentence for searching relevant passages: "
@@ -27,6 +27,41 @@ def test_beir_folders_in_both_layouts(beir, queries, read):
     (beir / "qrels").mkdir()
     (beir / "qrels.tsv").rename(beir / "qrels" / "test.tsv")
     assert read_beir(beir) == (questions, passages)
+
+
+def test_a_line_ends_at_its_newline_alone(beir, queries, read):
+    corpus = list(json_lines(beir / "corpus.jsonl", texts=("text",)))
+    inside = "one\u2028two\u0085three"
+    corpus.append({"_id": "d\u2028x", "title": "", "text": inside})
+    lines = [json.dumps(row, ensure_ascii=False) for row in corpus]
+    # Windows' newlines, and the mark that its programs begin a file with.
+    for name, text in (
+        ("corpus.jsonl", "\r\n".join(lines)),
+        ("queries.jsonl", (beir / "queries.jsonl").read_text(encoding="utf-8")),
+        ("qrels.tsv", (beir / "qrels.tsv").read_text(encoding="utf-8") + "\nq0\td\u2028x\t1\n\n"),
+    ):
+        (beir / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    questions, passages = read_beir(beir)
+    assert passages == [*read.items(), ("d\u2028x", inside)]
+    assert questions.relevant == {
+        key: grades | ({"d\u2028x": 1} if key == "q0" else {})
+        for key, (_, grades) in queries.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels.tsv"])
+def test_a_beir_file_that_is_no_text_is_refused(beir, name):
+    (beir / name).write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ArgumentError, match="can't be read"):
+        read_beir(beir)
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_a_text_that_is_no_string_is_refused(beir, name):
+    with (beir / name).open("a", encoding="utf-8") as file:
+        file.write('\n{"_id": "x", "text": null}')
+    with pytest.raises(ArgumentError, match='a "text" that is no string'):
+        read_beir(beir)
 
 
 def test_a_beir_folder_that_lacks_something_is_refused(beir):
