@@ -25,7 +25,6 @@ __all__ = [
     "is_exiting",
     "lower_thread_priority",
     "on_fork",
-    "release_openmp_threads",
     "trim_heap",
 ]
 
@@ -33,9 +32,6 @@ __all__ = [
 _EXIT_SECONDS = 4.0
 # Bulk work gets a third of the CPU that queries get while both want it, and all of it otherwise.
 _BULK_NICENESS = 5
-
-# omp.h: what is released comes back at the next use.
-_OPENMP_PAUSE_SOFT = 1
 
 Owner = TypeVar("Owner")
 
@@ -60,20 +56,6 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def release_openmp_threads() -> None:
-    """End the threads that GNU OpenMP keeps for this thread; its next computation starts others.
-
-    It keeps some for each thread that ever computed, such as the one that loaded the weights. Once
-    they are more than the cores, all of them sleep between two layers in place of spinning, and a
-    query takes half as long again.
-    """
-    if sys.platform != "linux" or _exit_guard.forked:  # a forked child would wait for them for ever
-        return
-    release = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
-    if release is not None:
-        release(_OPENMP_PAUSE_SOFT)
 
 
 class Stoppable(Protocol):
@@ -129,15 +111,10 @@ class _ExitGuard:
 
     def __init__(self) -> None:
         self.ending = False
-        self._start_over()
-        self.forked = False
+        self.after_fork()
 
     def after_fork(self) -> None:
         """Start over in a forked child."""
-        self._start_over()
-        self.forked = True
-
-    def _start_over(self) -> None:
         self.changed = threading.Condition()
         self.count = 0
 

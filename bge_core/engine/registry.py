@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from bge_core.backends.output_cache import OutputCache
-from bge_core.engine.process import hold_interpreter_exit, on_fork, release_openmp_threads
+from bge_core.engine.process import hold_interpreter_exit, on_fork
 
 if TYPE_CHECKING:
     from bge_core.engine.scheduler import Engine
@@ -50,7 +50,6 @@ def shared_engine(key: Hashable, load: Callable[[], Engine]) -> Engine:
         if engine is None:
             engine = load()
             _registry.engines[key] = engine
-            release_openmp_threads()
         return engine
 
 

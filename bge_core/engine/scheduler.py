@@ -28,7 +28,6 @@ from bge_core.engine.process import (
     is_exiting,
     lower_thread_priority,
     on_fork,
-    release_openmp_threads,
     trim_heap,
 )
 from bge_core.engine.stats import Counters, Waiting
@@ -364,8 +363,6 @@ class _Workers:
                 finished = time.perf_counter()
                 if pace:
                     pace.note(done.tokens, finished - done.begun)
-                elif priority == "background" and not self.waiting[priority]:
-                    release_openmp_threads()  # for the queries' sake
                 idle_since = time.monotonic() + _IDLE_SECONDS if priority == "background" else None
             elif following is None and idle_since and time.monotonic() >= idle_since:
                 trim_heap()

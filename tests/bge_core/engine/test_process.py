@@ -50,22 +50,3 @@ def test_owners_are_told_of_a_fork_in_the_order_they_came_in_and_held_weakly():
     assert gone() is None
     assert in_child(lambda: " ".join(said).encode()) == b"first third"
     assert said == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP is Linux's")
-def test_loading_and_bulk_leave_no_openmp_threads(en_folder):
-    # As an own process: here, other tests have computed on many threads.
-    code = f"""
-import os, torch
-torch.set_num_threads(3)
-from bge_core import Embedder
-count = lambda: len(os.listdir("/proc/self/task"))
-torch.ones(1 << 20).add(1)
-with_pool = count()
-model = Embedder({str(en_folder)!r}, device="cpu")
-model.local.loaded()
-assert count() == with_pool - 2, (count(), with_pool)
-assert torch.ones(1 << 20).add(1).sum() == 2 << 20  # and they come back
-assert count() == with_pool
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
