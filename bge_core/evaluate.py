@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_core.beir import Questions, read_beir
+from bge_core.beir import Questions, check_writable, read_beir
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, BGEError, MissingExtraError, needs_extra
 from bge_core.factory import make_reranker
@@ -367,6 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     _measures()
+    if options.json:
+        check_writable(options.json, "--json")
     try:
         from rich.console import Console
     except ImportError as exc:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_core.beir import json_lines, read_beir
+from bge_core.beir import check_writable, json_lines, read_beir
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, BGEError, needs_extra
 from bge_core.factory import make_reranker
@@ -253,7 +253,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> str:
     if options.plot:
-        _figure()  # before the work, so that it isn't lost
+        _check_plot(options.plot)  # before the work, so that it isn't lost
     embedder = options.model and Embedder(options.model, query_instruction=options.instruction)
     reranker = options.reranker and make_reranker(options.reranker)
     if options.data.is_dir():
@@ -363,6 +363,14 @@ def _figure() -> Any:
             instead=". The same numbers are printed without it",
         ) from exc
     return Figure(figsize=(8, 4), layout="constrained")
+
+
+def _check_plot(file: Path) -> None:
+    check_writable(file, "--plot")
+    known = _figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        msg = f"--plot={file} has an ending that matplotlib can't write: use .png or .svg."
+        raise ArgumentError(msg)
 
 
 def _plot(scores: Scores, proposals: Sequence[Proposal], file: Path, scored_by: str) -> None:

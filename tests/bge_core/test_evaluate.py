@@ -64,6 +64,13 @@ def test_a_text_that_is_no_string_is_refused(beir, name):
         read_beir(beir)
 
 
+@pytest.mark.parametrize("name", ["none/figures.json", "."])
+def test_figures_that_cant_be_written_are_refused_before_the_work(beir, name, capsys):
+    command = ["--data", str(beir), "--model", "BAAI/bge-m3", "--json", str(beir / name)]
+    assert evaluate.main(command) == 1
+    assert "can't be written" in capsys.readouterr().err
+
+
 def test_a_beir_folder_that_lacks_something_is_refused(beir):
     (beir / "queries.jsonl").write_text('{"_id": "q1", "text": "alone"}\n')
     with pytest.raises(ArgumentError, match=r"judges 4 questions that queries\.jsonl lacks"):

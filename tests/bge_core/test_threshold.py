@@ -164,6 +164,23 @@ def test_without_matplotlib_a_plot_is_a_sentence(
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("scores.docx", "has an ending that matplotlib can't write"),
+        ("scores", "has an ending that matplotlib can't write"),
+        ("none/scores.png", "there is no folder"),
+        (".", "it is a folder"),
+    ],
+)
+def test_a_plot_that_cant_be_written_is_refused_before_the_work(name, said, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("read after the plot is checked")
+    command = ["--data", str(file), "--model", "BAAI/bge-m3", "--plot", str(tmp_path / name)]
+    assert threshold.main(command) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("lines", "said"),
     [
         (['{"query": "a", "passage": "b"}'], 'has in line 1 no JSON object with "query"'),
