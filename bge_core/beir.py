@@ -116,9 +116,7 @@ def check_writable(file: Path, option: str) -> None:
     """
     if file.is_dir() or not file.parent.is_dir():
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        msg = (
-            f"{option}={file} can't be written, since {why}: name a file in a known folder."
-        )
+        msg = f"{option}={file} can't be written, since {why}: name a file in a known folder."
         raise ArgumentError(msg)
 
 
