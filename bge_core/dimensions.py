@@ -37,9 +37,9 @@ def check_truncate_dim(value: object, *, model: str, width: int | None) -> int |
     if profile is not None and is_published(profile) and asked != width and model not in _warned:
         _warned.add(model)
         logger.warning(
-            "truncate_dim=%d: %r was not trained to be cut (Matryoshka), and its vectors lose more "
+            "truncate_dim=%s: %r was not trained to be cut (Matryoshka), and its vectors lose more "
             "quality by it than those of a model that was. They are cut all the same: measure it.",
-            asked,
+            arguments.shown(asked),
             model,
         )
     return asked
@@ -61,7 +61,7 @@ def kept_dimension(asked: int | None, *, saved: int | None, width: int, model: s
         return width if saved is None else min(width, saved)
     if asked > width:
         msg = (
-            f"truncate_dim={asked} is more than the {width} numbers that a vector of {model!r} "
+            f"truncate_dim={arguments.shown(asked)} is more than the {width} numbers that a vector of {model!r} "
             f"has: pass {width} or less, or None."
         )
         raise ArgumentError(msg)

@@ -10,6 +10,7 @@ import atexit
 import functools
 import gc
 import json
+import logging
 import os
 import shutil
 import sys
@@ -534,6 +535,13 @@ def _nobody_else_s_rows() -> Iterator[None]:
     catalog = sys.modules.get("bge_core.checkpoints.catalog")
     for row in catalog.registered_profiles() if catalog is not None else ():
         del catalog._rows[row.id], catalog._by_name[row.id.rpartition("/")[2].casefold()]
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else_s_silence() -> Iterator[None]:
+    """Let log lines through again: the commands, which tests call in this process, print none."""
+    yield
+    logging.getLogger("bge_core").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_texts_of_all_scripts_and_of_none():
     [
         ({"normalise_embeddings": True}, ArgumentError, "did you mean 'normalize_embeddings'"),
         ({"max_length": 513}, ArgumentError, "more than the 512 tokens"),
-        ({"dtype": "int8"}, ArgumentError, "dtype"),
+        ({"dtype": "int4"}, ArgumentError, "dtype"),
         ({"embed_instruction": "x"}, ArgumentError, "in front of queries only"),
         ({"model": "BAAI/bge-reranker-base"}, CheckpointError, "BGEReranker"),
         ({"model": "/no/such/folder"}, CheckpointError, "no folder"),

@@ -258,7 +258,7 @@ class TestRefusals:
             {"max_length": 513},
             {"max_length": 0},
             {"batch_tokens": 0},
-            {"dtype": "int8"},
+            {"dtype": "int4"},
             {"device": "the fast one"},
             {"use_fp16": True, "dtype": "float32"},
             {"task": "qa"},
