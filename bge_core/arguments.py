@@ -46,13 +46,16 @@ Word = TypeVar("Word", bound=str)
 def shown(value: object, *, most: int = 60) -> str:
     """Return `most` characters of a value's `repr` for a message, or its type's name without one.
 
+    What is cut ends with an ellipsis.
+
     Python writes no whole number of more than 4,300 digits, and a class may fail in ways of its
     own: neither may hide the sentence that says what is wrong.
     """
     try:
-        return repr(value)[:most]
+        written = repr(value)
     except Exception:  # noqa: BLE001 -- whatever a class raises
         return f"a value of type {type(value).__name__}"
+    return written if len(written) <= most else f"{written[: most - 1]}…"
 
 
 def is_list(value: object) -> TypeGuard[Iterable[object]]:

@@ -671,12 +671,21 @@ def validation_error(owner: str, report: Iterable[Mapping[str, Any]]) -> Argumen
     for item in report:
         name = ".".join(dict.fromkeys(str(part) for part in item["loc"][:1]))
         if item["type"] == "missing":
-            said.append(f"{name} is missing")
+            said.append(f"{name} is missing: pass {name}={_published(owner)!r} or another")
             continue
         hidden = name in _SECRET or item["type"] == "no_such_attribute"
         given = "" if hidden else f", got {shown(item['input'])}"
         said.append(f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}{given}")
     return ArgumentError(f"{owner} can't take these arguments: {'; '.join(dict.fromkeys(said))}.")
+
+
+def _published(owner: str) -> str:
+    """Return a published checkpoint that a class of this name takes, for a message."""
+    if "Sparse" in owner:
+        return "BAAI/bge-m3"
+    if "Rerank" in owner or "CrossEncoder" in owner:
+        return "BAAI/bge-reranker-base"
+    return "BAAI/bge-small-en-v1.5"
 
 
 def frozen_field_error(owner: str, name: str) -> ArgumentError:

@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import pydoc
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ def test_the_model_has_two_names(kind: Any, folder: Path, name: str):
 def test_one_of_the_names_at_a_time(kind: Any, folder: Path):
     with pytest.raises(ArgumentError, match="one argument with two names: pass one of them"):
         kind(model=folder, model_name=folder)
-    with pytest.raises(ArgumentError, match="is missing"):
+    with pytest.raises(ArgumentError, match="is missing: pass model") as none:
         kind()
+    named = re.search(r"pass (\w+)='([^']+)'", str(none.value))
+    assert named
+    kind(**{named[1]: named[2]})  # what the sentence says is accepted
 
 
 @pytest.mark.parametrize("name", ["model", "model_name"])
