@@ -9,7 +9,7 @@ seen none of these. The first two questions are some that it helps with; the fig
 of all 330, where it wins little. On the Python reference, --docs python, it loses a little.
 
 With a model hub at hand:
-    python examples/ask_python_docs.py --models bge
+    make demo MODELS=bge
 """
 
 from __future__ import annotations
