@@ -61,8 +61,8 @@ def kept_dimension(asked: int | None, *, saved: int | None, width: int, model: s
         return width if saved is None else min(width, saved)
     if asked > width:
         msg = (
-            f"truncate_dim={arguments.shown(asked)} is more than the {width} numbers that a vector of {model!r} "
-            f"has: pass {width} or less, or None."
+            f"truncate_dim={arguments.shown(asked)} is more than the {width} numbers that a vector "
+            f"of {model!r} has: pass {width} or less, or None."
         )
         raise ArgumentError(msg)
     return asked
