@@ -124,9 +124,8 @@ class TestHybrid:
     async def test_another_dtype_is_another_model(self, call, m3_folder, passes):
         store, _, _ = await hybrid(call, m3_folder, dtype="bfloat16")
         passes.clear()
-        texts = [
-            f"{text} by dtype" for text in TEXTS
-        ]  # which no other test's model has left halves of
+        # No other test's model has left halves of these.
+        texts = [f"{text} by dtype" for text in TEXTS]
         await call(store, "add_texts", texts)
         assert sum(passes) == 2 * tokens_of(m3_folder, texts)
 
