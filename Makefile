@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-# What old packages say of each other, and newer ones don't.
+# What old packages say of each other, and newer ones don't; pytest-asyncio 1.0 leaves its loops' sockets open.
 OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
-	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base
+	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base \
+	-W ignore::pytest.PytestUnraisableExceptionWarning
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training docs
 
 # What `make evaluate` measures without ARGS.

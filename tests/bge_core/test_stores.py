@@ -49,7 +49,7 @@ class TestRankFeatures:
             # Lucene's linear function of a feature is the feature; a boost multiplies it.
             features = rank_features(own).items()
             found = sum(boosts.get(f"tokens.{key}", 0.0) * value for key, value in features)
-            assert found == pytest.approx(score, abs=1e-5)
+            assert found == pytest.approx(score, rel=1e-6, abs=1e-5)
 
 
 class TestSparsevec:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -202,6 +204,8 @@ def test_openvino_s_conversion_is_a_line_and_a_bar_and_nothing_of_others(
         assert "Converting" in caplog.text
         out, err = capfd.readouterr()
         assert out == ""
+        if Version(version("openvino")) < Version("2025"):  # it forks, and tokenizers says so
+            err = re.sub(r"huggingface/tokenizers: .*\n.*\n(\t- .*\n)*", "", err)
         (bar,) = {
             line.partition(":")[0].strip()
             for line in err.replace("\r", "\n").split("\n")

@@ -139,7 +139,8 @@ def test_close_hands_out_what_was_launched_and_names_itself_to_the_rest():
     device = Device()
     device.gate.clear()
     made = engine(device)
-    futures = [made.submit(sequences(90), priority="background") for _ in range(4)]
+    with made._workers.ready:  # all wait before the worker takes the first
+        futures = [made.submit(sequences(90), priority="background") for _ in range(4)]
     while len(device.log) < 2:
         time.sleep(0.001)
     made._workers.close()
