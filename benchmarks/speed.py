@@ -233,7 +233,7 @@ def rerank(folder: Path, *, count: int, repeats: int) -> Outcome:
         "LangChain CrossEncoderReranker": langchain_scores,
         "LlamaIndex SentenceTransformerRerank": lambda: ordered(
             [
-                (int(node.node_id), float(node.score))
+                (int(node.node_id), float(node.get_score()))
                 for node in llama.postprocess_nodes(nodes, query_str=query)
             ]
         ),

@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = shutil.which("chromium") or "chromium"
     for argument in (
         "--headless=new",
         "--no-sandbox",  # as root, in CI's containers
