@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from corpora import Corpus, near_duplicates
 from qdrant_client import QdrantClient
@@ -130,8 +131,8 @@ class Host(Protocol):
         ...
 
 
-class LangChainHost:
-    """LangChain: BGEEmbeddings in a QdrantVectorStore, then BGEReranker.
+class _QdrantHost(ABC):
+    """What is the same in both frameworks: split, store in Qdrant what isn't yet, rerank.
 
     Args:
         corpus: What to search.
@@ -143,7 +144,7 @@ class LangChainHost:
         passages: How documents are cut and read.
     """
 
-    name = "LangChain"
+    name: str
 
     def __init__(
         self,
@@ -156,14 +157,9 @@ class LangChainHost:
         sparse: bool = False,
         passages: Passages | None = None,
     ) -> None:
-        from langchain_core.documents import Document
-        from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-        from langchain_bge import BGEReranker
-
         self._client, self._embedder, self._sparse = client, embedder, sparse
         self._passages = passages or Passages()
-        self._reranker = BGEReranker(
+        self._reranker = self._make_reranker(
             model=reranker,
             top_n=None,
             max_length=self._passages.window,
@@ -171,41 +167,50 @@ class LangChainHost:
         )
         self._embeddings = self._embeddings_with(instruction)
         self.fingerprint = f"{self._embeddings.fingerprint}-{self._reranker.fingerprint}"
-        splitter = RecursiveCharacterTextSplitter(
-            chunk_size=self._passages.characters, chunk_overlap=self._passages.characters // 10
-        )
-        self._chunks = splitter.split_documents(
-            [Document(text.text, metadata={"name": text.name}) for text in corpus.texts]
-        )
-        self.total = len(self._chunks)
+        size, self._parts = self._split(corpus)
+        self.total = len(self._parts)
         # An instruction changes no passage's vector, and so has no part in the name.
         plain = self._embeddings_with("").fingerprint
-        parts = ("langchain", corpus.key(), plain, self._passages.characters)
+        parts = (self.name.lower(), corpus.key(), plain, size)
         self._collection = "-".join([*map(str, parts), *(["sparse"] if sparse else [])])
 
     def index(self, batch: int = BATCH) -> Iterator[int]:
         """Store the passages that aren't yet, and say first and after each batch how many are."""
-        from qdrant_client.models import Distance, SparseVectorParams, VectorParams
-
         stored = _stored(self._client, self._collection, self.total)
-        if not self._client.collection_exists(self._collection):
-            size = VectorParams(size=self._embeddings.dimension, distance=Distance.COSINE)
-            weights = {"langchain-sparse": SparseVectorParams()} if self._sparse else None
-            self._client.create_collection(
-                self._collection, vectors_config=size, sparse_vectors_config=weights
-            )
+        add = self._adder()
         yield stored
-        store = self._store(hybrid=self._sparse)
         for start in range(stored, self.total, batch):
-            part = self._chunks[start : start + batch]
-            store.add_documents(part, batch_size=batch)
+            part = self._parts[start : start + batch]
+            add(part)
             yield start + len(part)
 
-    def instructed(self, instruction: str | None) -> LangChainHost:
+    def instructed(self, instruction: str | None) -> Self:
         """Give the same index, with another instruction in front of questions."""
         twin = copy.copy(self)
         twin._embeddings = self._embeddings_with(instruction)
         return twin
+
+    @abstractmethod
+    def _split(self, corpus: Corpus) -> tuple[int, Sequence[Any]]:
+        """Give a passage's size at most and the passages, as the framework has them."""
+
+    @abstractmethod
+    def _adder(self) -> Callable[[Sequence[Any]], object]:
+        """Make the collection if need be, and give the function that embeds and stores passages."""
+
+    @abstractmethod
+    def _make_reranker(self, **options: Any) -> Any:
+        """Make the framework's reranker."""
+
+    @abstractmethod
+    def _embeddings_with(self, instruction: str | None) -> Any:
+        """Make the framework's embedding model."""
+
+
+class LangChainHost(_QdrantHost):
+    """LangChain: BGEEmbeddings in a QdrantVectorStore, then BGEReranker."""
+
+    name = "LangChain"
 
     def embed(self, question: str) -> list[float]:
         """Give a question's vector."""
@@ -245,6 +250,33 @@ class LangChainHost:
             for document in self._reranker.compress_documents(documents, question)
         ]
 
+    def _split(self, corpus: Corpus) -> tuple[int, Sequence[Any]]:
+        from langchain_core.documents import Document
+        from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+        size = self._passages.characters
+        splitter = RecursiveCharacterTextSplitter(chunk_size=size, chunk_overlap=size // 10)
+        return size, splitter.split_documents(
+            [Document(text.text, metadata={"name": text.name}) for text in corpus.texts]
+        )
+
+    def _adder(self) -> Callable[[Sequence[Any]], object]:
+        from qdrant_client.models import Distance, SparseVectorParams, VectorParams
+
+        if not self._client.collection_exists(self._collection):
+            size = VectorParams(size=self._embeddings.dimension, distance=Distance.COSINE)
+            weights = {"langchain-sparse": SparseVectorParams()} if self._sparse else None
+            self._client.create_collection(
+                self._collection, vectors_config=size, sparse_vectors_config=weights
+            )
+        store = self._store(hybrid=self._sparse)
+        return lambda part: store.add_documents(part, batch_size=len(part))
+
+    def _make_reranker(self, **options: Any) -> Any:
+        from langchain_bge import BGEReranker
+
+        return BGEReranker(**options)
+
     def _embeddings_with(self, instruction: str | None) -> Any:
         from langchain_bge import BGEEmbeddings
 
@@ -273,86 +305,14 @@ class LangChainHost:
         )
 
 
-class LlamaIndexHost:
-    """LlamaIndex: BGEEmbedding in a VectorStoreIndex over Qdrant, then BGEReranker.
-
-    Args:
-        corpus: What to search.
-        client: Where passages are stored.
-        embedder: A hub id or folder.
-        reranker: A hub id or folder.
-        instruction: Put in front of questions; None for the checkpoint's own.
-        sparse: Whether to store bge-m3's token weights, for a hybrid search.
-        passages: How documents are cut and read.
-    """
+class LlamaIndexHost(_QdrantHost):
+    """LlamaIndex: BGEEmbedding in a VectorStoreIndex over Qdrant, then BGEReranker."""
 
     name = "LlamaIndex"
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        client: QdrantClient,
-        *,
-        embedder: str,
-        reranker: str,
-        instruction: str | None,
-        sparse: bool = False,
-        passages: Passages | None = None,
-    ) -> None:
-        from llama_index.core import Document
-        from llama_index.core.node_parser import SentenceSplitter
-
-        from llamaindex_bge import BGEReranker
-
-        self._client, self._embedder, self._sparse = client, embedder, sparse
-        self._passages = passages or Passages()
-        self._reranker = BGEReranker(
-            model=reranker,
-            top_n=None,
-            max_length=self._passages.window,
-            long_passages=self._passages.long_passages,
-        )
-        self._embed_model = self._embed_model_with(instruction)
-        self.fingerprint = f"{self._embed_model.fingerprint}-{self._reranker.fingerprint}"
-        splitter = SentenceSplitter(
-            chunk_size=self._passages.tokens, chunk_overlap=self._passages.tokens // 10
-        )
-        self._nodes = splitter.get_nodes_from_documents(
-            [
-                # The reference's topics have short names; the vector is of the passage alone.
-                Document(
-                    text=text.text,
-                    metadata={"name": text.name},
-                    excluded_embed_metadata_keys=["name"],
-                )
-                for text in corpus.texts
-            ]
-        )
-        self.total = len(self._nodes)
-        # An instruction changes no passage's vector, and so has no part in the name.
-        plain = self._embed_model_with("").fingerprint
-        parts = ("llamaindex", corpus.key(), plain, self._passages.tokens)
-        self._collection = "-".join([*map(str, parts), *(["sparse"] if sparse else [])])
-
-    def index(self, batch: int = BATCH) -> Iterator[int]:
-        """Store the passages that aren't yet, and say first and after each batch how many are."""
-        stored = _stored(self._client, self._collection, self.total)
-        yield stored
-        index = self._index()
-        for start in range(stored, self.total, batch):
-            part = self._nodes[start : start + batch]
-            index.insert_nodes(part)
-            yield start + len(part)
-
-    def instructed(self, instruction: str | None) -> LlamaIndexHost:
-        """Give the same index, with another instruction in front of questions."""
-        twin = copy.copy(self)
-        twin._embed_model = self._embed_model_with(instruction)
-        return twin
-
     def embed(self, question: str) -> list[float]:
         """Give a question's vector."""
-        vector: list[float] = self._embed_model.get_query_embedding(question)
+        vector: list[float] = self._embeddings.get_query_embedding(question)
         return vector
 
     def search(
@@ -387,7 +347,34 @@ class LlamaIndexHost:
             for node in self._reranker.postprocess_nodes(nodes, query_str=question)
         ]
 
-    def _embed_model_with(self, instruction: str | None) -> Any:
+    def _split(self, corpus: Corpus) -> tuple[int, Sequence[Any]]:
+        from llama_index.core import Document
+        from llama_index.core.node_parser import SentenceSplitter
+
+        size = self._passages.tokens
+        splitter = SentenceSplitter(chunk_size=size, chunk_overlap=size // 10)
+        return size, splitter.get_nodes_from_documents(
+            [
+                # The reference's topics have short names; the vector is of the passage alone.
+                Document(
+                    text=text.text,
+                    metadata={"name": text.name},
+                    excluded_embed_metadata_keys=["name"],
+                )
+                for text in corpus.texts
+            ]
+        )
+
+    def _adder(self) -> Callable[[Sequence[Any]], object]:
+        add: Callable[[Sequence[Any]], object] = self._index().insert_nodes
+        return add
+
+    def _make_reranker(self, **options: Any) -> Any:
+        from llamaindex_bge import BGEReranker
+
+        return BGEReranker(**options)
+
+    def _embeddings_with(self, instruction: str | None) -> Any:
         from llamaindex_bge import BGEEmbedding
 
         return BGEEmbedding(
@@ -411,7 +398,7 @@ class LlamaIndexHost:
                 "sparse_query_fn": sparse.sparse_query_fn,
             }
         store = QdrantVectorStore(self._collection, client=self._client, **hooks)
-        return VectorStoreIndex.from_vector_store(store, embed_model=self._embed_model)
+        return VectorStoreIndex.from_vector_store(store, embed_model=self._embeddings)
 
 
 HOSTS: dict[str, type[LangChainHost | LlamaIndexHost]] = {
