@@ -10,7 +10,7 @@ from typing import Any
 
 from bge_core.errors import ArgumentError
 
-__all__ = ["Questions", "check_writable", "json_lines", "read_beir"]
+__all__ = ["Questions", "json_lines", "read_beir"]
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,6 @@ def json_lines(file: Path, *names: str, texts: Sequence[str]) -> Iterator[dict[s
                 msg = f'{file} has in line {number} a "{name}" that is no string: {line[:80]!r}.'
                 raise ArgumentError(msg)
         yield row
-
-
-def check_writable(file: Path, option: str) -> None:
-    """Refuse a place for results before they are computed.
-
-    Args:
-        file: The file to write.
-        option: What it was given as, for the message.
-
-    Raises:
-        ArgumentError: Its folder is missing, or it is a folder itself.
-    """
-    if file.is_dir() or not file.parent.is_dir():
-        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        msg = f"{option}={file} can't be written, since {why}: name a file in a known folder."
-        raise ArgumentError(msg)
 
 
 def _lines(file: Path) -> list[str]:

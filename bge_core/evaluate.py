@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_core.beir import Questions, check_writable, read_beir
+from bge_core.beir import Questions, read_beir
+from bge_core.command import check_writable, run_command
 from bge_core.embedder import Embedder
-from bge_core.errors import ArgumentError, BGEError, MissingExtraError, needs_extra
+from bge_core.errors import ArgumentError, MissingExtraError, needs_extra
 from bge_core.factory import make_reranker
 from bge_core.progress import progress_bar
 from bge_core.reranker import Scorer
@@ -356,13 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if all is well, 1 if something was missing, which is then said.
     """
     options = _options(arguments)
-    logging.getLogger("bge_core").setLevel(logging.ERROR)
-    try:
-        _run(options)
-    except BGEError as exc:
-        print(exc, file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ a pair: {"query": "...", "passage": "...", "label": 1}, with a label above 0 if 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_core.beir import check_writable, json_lines, read_beir
+from bge_core.beir import json_lines, read_beir
+from bge_core.command import check_writable, run_command
 from bge_core.embedder import Embedder
-from bge_core.errors import ArgumentError, BGEError, needs_extra
+from bge_core.errors import ArgumentError, needs_extra
 from bge_core.factory import make_reranker
 from bge_core.progress import progress_bar
 
@@ -210,13 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if all is well, 1 if something was missing, which is then said.
     """
     options = _options(arguments)
-    logging.getLogger("bge_core").setLevel(logging.ERROR)
-    try:
-        print(_run(options))
-    except BGEError as exc:
-        print(exc, file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _run(options))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -251,7 +245,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace) -> None:
     if options.plot:
         _check_plot(options.plot)  # before the work, so that it isn't lost
     embedder = options.model and Embedder(options.model, query_instruction=options.instruction)
@@ -264,7 +258,8 @@ def _run(options: argparse.Namespace) -> str:
     scored_by = Path(options.reranker or options.model).name
     if options.plot:
         _plot(scores, proposals, options.plot, scored_by)
-    return f"{scored_by} on {options.data.resolve().name}\n\n{_shown(scores, proposals)}"
+    data = options.data.resolve().name
+    sys.stdout.write(f"{scored_by} on {data}\n\n{_shown(scores, proposals)}\n")
 
 
 def _scored(
