@@ -285,10 +285,7 @@ class Embedder(HasModel):
         if prefix := self._template.document_prefix:
             documents = [prefix + document for document in documents]
         call = Call(documents, prompt=prefix, what="documents", windows=True)
-        with progress_bar(len(documents), show=show_progress) as progress:
-            yield from self._model.steps(call, priority=priority, progress=progress)
-            if progress is not None and len(call.items) < len(documents):
-                progress(len(documents) - len(call.items))  # those that are equal to another
+        yield from self._compute_with_bar(call, priority=priority, show_progress=show_progress)
         return self._vectors(call.to_array()) if documents else (yield from self._no_vectors())
 
     def _embed_windows(

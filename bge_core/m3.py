@@ -24,7 +24,6 @@ from bge_core.engine.process import hold_interpreter_exit
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 from bge_core.lifecycle import fingerprint_of
 from bge_core.options import ModelArguments, ModelOptions, with_options_of
-from bge_core.progress import progress_bar
 from bge_core.reranker import Scored, Scorer
 from bge_core.tokenizer import can_tokenize_inline
 from bge_core.windows import score_windows, split
@@ -517,10 +516,7 @@ class M3Embedder(HasModel):
             self._begin(asked)
         if call.items:
             self._check_heads(outputs)
-        with progress_bar(len(call.inverse), show=show_progress) as progress:
-            yield from self._model.steps(call, priority=priority, progress=progress)
-            if progress is not None and len(call.items) < len(call.inverse):
-                progress(len(call.inverse) - len(call.items))  # those that are equal to another
+        yield from self._compute_with_bar(call, priority=priority, show_progress=show_progress)
 
     def _check_heads(self, outputs: frozenset[Output]) -> None:
         """Refuse a missing or damaged layer here: in a worker it would fail its whole pack."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from bge_core.errors import ArgumentError
 from bge_core.lifecycle import ContextManaged
+from bge_core.progress import progress_bar
 
 if TYPE_CHECKING:
     from bge_core.arguments import Priority
@@ -210,6 +211,16 @@ class HasModel(ContextManaged):
         """Count a call whose arguments are accepted, unless the model is closed."""
         self._model.check_open()
         self._model.counters.add_request(texts)
+
+    def _compute_with_bar(
+        self, call: Call[Any], *, priority: Priority, show_progress: bool
+    ) -> Steps[None]:
+        """Compute a call's items beside a bar of all that was given, equal ones included."""
+        given = len(call.inverse)
+        with progress_bar(given, show=show_progress) as progress:
+            yield from self._model.steps(call, priority=priority, progress=progress)
+            if progress is not None and len(call.items) < given:
+                progress(given - len(call.items))  # those that are equal to another
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the configuration; a copy's model is another, which can be closed by itself."""
