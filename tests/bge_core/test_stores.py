@@ -12,16 +12,7 @@ from qdrant_client import QdrantClient, models
 
 from bge_core import ArgumentError, InputTypeError, M3Embedder, M3Outputs, M3Weights
 from bge_core.stores import qdrant_vectors, rank_features, rank_features_query, sparsevec
-
-TEXTS = [
-    "Paris is the capital and the largest city of France.",
-    "大熊猫是中国特有的一种熊科动物。",
-    "القطة نائمة على الأريكة",
-    "🐼 panda 大熊猫 and القطة",
-    "The cat sat on the mat.",
-    "Berlin is the capital of Germany.",
-]
-QUERY = "what is the capital of France?"
+from tests.m3_texts import QUERY, TEXTS
 
 
 class TestRankFeatures:

@@ -14,28 +14,12 @@ from langchain_qdrant import QdrantVectorStore, RetrievalMode, SparseEmbeddings,
 
 from bge_core import ArgumentError, CheckpointError, ClosedError, InputTypeError, M3Embedder
 from langchain_bge import BGEEmbeddings, BGEReranker, BGESparseEmbeddings
-
-TEXTS = [
-    "Paris is the capital and the largest city of France.",
-    "大熊猫是中国特有的一种熊科动物。",
-    "القطة نائمة على الأريكة",
-    "🐼 panda 大熊猫 and القطة",
-    "The cat sat on the mat.",
-    "Berlin is the capital of Germany.",
-]
-QUERY = "what is the capital of France?"
+from tests.m3_texts import QUERY, TEXTS, tokens_of
 
 
 @pytest.fixture(autouse=True)
 def quiet(caplog):
     caplog.set_level(logging.ERROR)
-
-
-def tokens_of(folder, texts):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
 def as_dict(vector):

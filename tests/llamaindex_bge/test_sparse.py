@@ -26,17 +26,7 @@ from bge_core import (
     M3Weights,
 )
 from llamaindex_bge import BGEEmbedding, BGEReranker, BGESparseEmbedding
-
-TEXTS = [
-    "Paris is the capital and the largest city of France.",
-    "大熊猫是中国特有的一种熊科动物。",
-    "القطة نائمة على الأريكة",
-    "🐼 panda 大熊猫 and القطة",
-    "The cat sat on the mat.",
-    "Berlin is the capital of Germany.",
-]
-QUERY = "what is the capital of France?"
-
+from tests.m3_texts import QUERY, TEXTS, tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
 
@@ -44,13 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect:U
 @pytest.fixture(autouse=True)
 def quiet(caplog):
     caplog.set_level(logging.ERROR)
-
-
-def tokens_of(folder: Path, texts: list[str]) -> int:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
 async def test_vectors_are_the_core_s(call: Any, m3_folder: Path):

@@ -18,18 +18,9 @@ import pytest
 from bge_core import ArgumentError, CheckpointError, ClosedError, M3Embedder
 from langchain_bge import BGEEmbeddings
 from llamaindex_bge import BGEEmbedding
+from tests.m3_texts import QUERY, TEXTS, tokens_of
 
 pytest.importorskip("milvus_lite")
-
-TEXTS = [
-    "Paris is the capital and the largest city of France.",
-    "大熊猫是中国特有的一种熊科动物。",
-    "القطة نائمة على الأريكة",
-    "🐼 panda 大熊猫 and القطة",
-    "The cat sat on the mat.",
-    "Berlin is the capital of Germany.",
-]
-QUERY = "what is the capital of France?"
 
 
 # What langchain-milvus says of its own default.
@@ -39,13 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The 'ranker_type' and:Deprecatio
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
-
-
-def tokens_of(folder: Path, texts: list[str]) -> int:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
 def fused(folder: Path, query: str, texts: list[str], *, first: int) -> dict[str, float]:

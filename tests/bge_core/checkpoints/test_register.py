@@ -208,6 +208,16 @@ def test_a_row_is_frozen_whatever_it_was_made_of():
     assert pickle.loads(pickle.dumps(made)) == made
 
 
+def in_another_process(code, file):
+    return subprocess.run(
+        [sys.executable, "-c", code, file],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+    )
+
+
 @pytest.mark.parametrize("make", [Embedder, BGEEmbeddings])
 def test_a_row_that_another_process_knows_otherwise_is_a_warning(make, tmp_path):
     register(row())
@@ -217,13 +227,7 @@ def test_a_row_that_another_process_knows_otherwise_is_a_warning(make, tmp_path)
         "register(Profile(id='acme/search', kind='reranker', family='bert', max_length=64))\n"
         "print(pickle.load(open(sys.argv[1], 'rb')).model)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "model"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ,
-    )
+    done = in_another_process(code, tmp_path / "model")
     assert done.stdout == "BAAI/bge-small-en-v1.5\n"
     assert "'acme/search' is registered with other values" in done.stderr
 
@@ -240,11 +244,5 @@ def test_a_pickled_model_takes_its_row_to_another_process(make, argument, tmp_pa
         "pickle.load(open(sys.argv[1], 'rb'))\n"
         "print(find_profile('acme/search').query_instruction)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "model"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ,
-    )
+    done = in_another_process(code, tmp_path / "model")
     assert done.stdout == "find: \n"
