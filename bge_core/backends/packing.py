@@ -9,9 +9,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from inspect import signature
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -257,30 +256,21 @@ def attend(
     Returns:
         [rows, heads, head_dim]; zero where there is no sequence.
     """
-    grouped = keys.shape[1] != queries.shape[1]
-    varlen = _varlen(queries)
-    if varlen is not None:
-        longest = pack.longest
-        far = -1 if sliding_window is None else sliding_window - 1
-        attended: Tensor = varlen(
+    whole = sliding_window is None or pack.longest <= sliding_window
+    one_call = _one_call(queries, windowed=not whole)
+    if one_call is not None:
+        return one_call(
             queries,
             keys,
             values,
+            pack,
             pack.cu_seqlens,
-            pack.cu_seqlens,
-            longest,
-            longest,
+            pack.longest,
+            causal=causal,
             scale=scaling,
-            window_size=(far, 0 if causal else far),
-            enable_gqa=grouped,
-            # More splits are faster on one long text, and make a vector depend on its pack.
-            num_splits=1,
+            window=None if whole else sliding_window,
         )
-        return attended
-    if (sliding_window is None or pack.longest <= sliding_window) and _can_be_efficient(queries):
-        return _efficient(
-            queries, keys, values, pack, pack.cu_seqlens, pack.longest, causal=causal, scale=scaling
-        )
+    grouped = keys.shape[1] != queries.shape[1]
     parts = []
     for group in pack.length_groups:
         mask = _window(group.length, sliding_window, causal=causal, device=queries.device)
@@ -309,14 +299,9 @@ def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> T
     Returns:
         [rows, heads, head_dim]; zero where there is no sequence.
     """
-    varlen = _varlen(queries)
-    if varlen is not None:
-        attended: Tensor = varlen(
-            queries, keys, values, pack.ordinals, pack.cu_seqlens, 1, pack.longest, num_splits=1
-        )
-        return attended
-    if _can_be_efficient(queries):
-        return _efficient(queries, keys, values, pack, pack.ordinals, 1)
+    one_call = _one_call(queries, windowed=False)
+    if one_call is not None:
+        return one_call(queries, keys, values, pack, pack.ordinals, 1)
     parts, done = [], 0
     for group in pack.length_groups:
         own = queries[done : done + group.count, :, None]
@@ -334,28 +319,105 @@ def _joined(parts: list[Tensor], queries: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _varlen(query: Tensor) -> Any:
-    """Return CUDA's kernel for sequences of unequal length; None where it can't run."""
-    if not query.is_cuda or query.dtype == torch.float32:
+class _OneCall(Protocol):
+    """Attends in all sequences of a pack by one call."""
+
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pack: Pack,
+        query_bounds: Tensor,
+        most_queries: int,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor: ...
+
+
+def _one_call(queries: Tensor, *, windowed: bool) -> _OneCall | None:
+    """Return CUDA's kernel for sequences of unequal length; None where none can run."""
+    if not queries.is_cuda:
         return None
-    # Flash attention, which it is, takes heads of some widths only.
-    if query.shape[-1] % 8 or query.shape[-1] > 256:
-        return None
-    # It needs an Ampere card or a newer one.
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return None
-    return _varlen_attention()
+    return _kernel(queries.device, queries.dtype, queries.shape[-1], windowed)
 
 
 @cache
-def _varlen_attention() -> Any:
-    # Imported where it is used: it brings torch's compiler along.
+def _kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool
+) -> _OneCall | None:
+    for kernel in (_flash,) if windowed else (_flash, _efficient):
+        if _works(kernel, device, dtype, head_dim):
+            return kernel
+    return None
+
+
+def _works(kernel: _OneCall, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether a kernel gives what one call a sequence does.
+
+    The operators are torch's own for nested tensors, and promised to nobody. Flash attention
+    takes half precision, heads of some widths, and an Ampere card or a newer one.
+    """
+    lengths = (3, 1, 5)
+    pack = Pack([TokenSequence(np.zeros(n, np.int32), n) for n in lengths], device)
+    rows = torch.linspace(-1, 1, pack.tokens * 2 * head_dim, device=device, dtype=dtype)
+    heads: Any = rows.view(-1, 2, head_dim)
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # an older torch: one call a group on every device
-        return None
-    # Before torch 2.12 it has not all of the keywords that are needed.
-    return varlen_attn if "num_splits" in signature(varlen_attn).parameters else None
+        with torch.inference_mode():
+            together = kernel(heads, heads, heads, pack, pack.cu_seqlens, pack.longest)
+            apart = torch.cat(
+                [
+                    scaled_dot_product_attention(*[own.transpose(0, 1)] * 3).transpose(0, 1)
+                    for own in heads.split(lengths)
+                ]
+            )
+            return torch.allclose(together, apart, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    except Exception as exc:  # noqa: BLE001 -- whatever another torch, or another card, says
+        logger.debug("%s of torch in %s: %s", getattr(kernel, "__name__", kernel), dtype, exc)
+        return False
+
+
+def _flash(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pack: Pack,
+    query_bounds: Tensor,
+    most_queries: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attend in half precision; what `torch.nn.attention.varlen` calls, without its Python."""
+    far = -1 if window is None else window - 1
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        queries,
+        keys,
+        values,
+        query_bounds,
+        pack.cu_seqlens,
+        most_queries,
+        pack.longest,
+        0.0,  # dropout
+        False,  # noqa: FBT003 -- the operator takes it by position: causal, which the window says
+        False,  # noqa: FBT003 -- the same: no mask is returned
+        scale=scale,
+        window_size_left=far,
+        window_size_right=0 if causal else far,
+        **_flash_keywords(),
+    )[0]
+    return attended
+
+
+@cache
+def _flash_keywords() -> dict[str, Any]:
+    # More splits are faster on one long text, and make a vector depend on its pack. Before torch
+    # 2.12 there is no word for it, and no split.
+    taken = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    return {"num_splits": 1} if any(one.name == "num_splits" for one in taken) else {}
 
 
 def _efficient(
@@ -368,11 +430,9 @@ def _efficient(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """Attend on CUDA in float32, and on cards before Ampere, by one call, too.
-
-    The operator is torch's own for nested tensors, and promised to nobody: see `_works`.
-    """
+    """Attend in float32, and on cards before Ampere; `_kernel` has nothing windowed for it."""
     shared = queries.shape[1] // keys.shape[1]
     if shared > 1:
         keys, values = (rows.repeat_interleave(shared, 1) for rows in (keys, values))
@@ -391,32 +451,6 @@ def _efficient(
         scale=scale,
     )[0]
     return attended[0]
-
-
-def _can_be_efficient(queries: Tensor) -> bool:
-    return queries.is_cuda and _works(queries.device, queries.dtype, queries.shape[-1])
-
-
-@cache
-def _works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Return whether `_efficient` gives what one call a sequence does."""
-    lengths = (3, 1, 5)
-    pack = Pack([TokenSequence(np.zeros(n, np.int32), n) for n in lengths], device)
-    rows = torch.linspace(-1, 1, pack.tokens * 2 * head_dim, device=device, dtype=dtype)
-    heads: Any = rows.view(-1, 2, head_dim)
-    try:
-        with torch.inference_mode():
-            together = _efficient(heads, heads, heads, pack, pack.cu_seqlens, pack.longest)
-            apart = torch.cat(
-                [
-                    scaled_dot_product_attention(*[own.transpose(0, 1)] * 3).transpose(0, 1)
-                    for own in heads.split(lengths)
-                ]
-            )
-            return torch.allclose(together, apart, atol=1e-4 if dtype == torch.float32 else 2e-2)
-    except Exception as exc:  # noqa: BLE001 -- whatever another torch says
-        logger.debug("The efficient attention of torch: %s", exc)
-        return False
 
 
 def _split(rows: Tensor, group: LengthGroup) -> Tensor:

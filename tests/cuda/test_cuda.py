@@ -154,9 +154,15 @@ def test_attention_of_a_pack_is_that_of_each_sequence(dtype, head_dim, causal, w
         at += length
 
 
-def test_one_call_attends_in_float32_too():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_call_attends_in_all_sequences(dtype):
     """Else each length is a call: right, and slow."""
-    assert packing._works(torch.device("cuda:0"), torch.float32, 32)
+    rows = torch.zeros(1, 1, 32, device=DEVICE, dtype=getattr(torch, dtype))
+    ampere = torch.cuda.get_device_capability() >= (8, 0)
+    flash = dtype != "float32" and ampere
+    kernel = packing._flash if flash else packing._efficient
+    assert packing._one_call(rows, windowed=False) is kernel
+    assert packing._one_call(rows, windowed=True) is (kernel if flash else None)
 
 
 def test_the_mean_is_that_of_each_sequence():
