@@ -430,9 +430,9 @@ def _efficient(
     *,
     causal: bool = False,
     scale: float | None = None,
-    window: int | None = None,
+    window: int | None = None,  # noqa: ARG001 -- none is given: see `_kernel`
 ) -> Tensor:
-    """Attend in float32, and on cards before Ampere; `_kernel` has nothing windowed for it."""
+    """Attend in float32, and on cards before Ampere."""
     shared = queries.shape[1] // keys.shape[1]
     if shared > 1:
         keys, values = (rows.repeat_interleave(shared, 1) for rows in (keys, values))
