@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base \
 	-W ignore::pytest.PytestUnraisableExceptionWarning
+# A file's tests stay together, for what they share; the files in the order of tests/conftest.py.
+ON_ALL_CORES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training docs
 
 # What `make evaluate` measures without ARGS.
@@ -28,8 +30,8 @@ playground: $(VENV)/.playground  ## A page to ask, and to see what reranking cha
 evaluate: $(VENV)/.demo $(if $(findstring --tasks,$(ARGS)),$(VENV)/.mteb)  ## How well a model finds (ARGS="--data FOLDER --model ... --reranker ...")
 	$(BIN)/python -m bge_core.evaluate $(or $(ARGS),$(STAND_IN))
 
-test: $(VENV)/.dev  ## Run all tests (ARGS="-k words")
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## Run all tests, on four cores at most (ARGS="-k words", "-n 0" for one process)
+	$(BIN)/python -m pytest $(ON_ALL_CORES) $(ARGS)
 
 test-browser:  ## Try the playground in Chromium, and take its picture for the README
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +36,8 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 # Models of two narrow layers gain nothing from a second thread, and on a busy machine they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLOW = ("tests/reliability/", "tests/test_examples.py", "tests/bge_core/scale/test_ray.py")
 
 HIDDEN = 32
 
@@ -492,6 +494,37 @@ def _write_modules(
         versions if prompts is None else {**versions, "prompts": prompts},
     )
     return folder
+
+
+def _in_utf8(value: Any) -> Any:
+    """Escape what UTF-8 can't say, wherever it stands in a report."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {name: _in_utf8(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_in_utf8, value))
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let pytest-xdist send a report that holds half a character: transformers logs some."""
+    return _in_utf8((yield))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Give each core a worker; a file alone has one process, which need not import twice."""
+    names = {name.partition("::")[0] for name in config.args}
+    is_one_file = len(names) == 1 and names.pop().endswith(".py")
+    return 0 if is_one_file else os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the files first that take longest, so that no worker ends with one while others idle."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
 
 
 @pytest.fixture(params=["sync", "async"])

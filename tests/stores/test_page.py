@@ -13,6 +13,7 @@ import pytest
 from tests.test_docs import hub  # noqa: F401 -- checkpoints under the names of the examples
 
 PAGE = Path(__file__).parents[2] / "docs" / "stores.md"
+COMMUNITY = {"FAISS": "faiss", "LanceDB": "lancedb"}
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
@@ -34,11 +35,15 @@ def is_missing(module: str) -> bool:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.split()[1])
 def test_an_example_runs(code: str) -> None:
-    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    nodes = list(ast.walk(ast.parse(code)))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     modules = {str(node.module) for node in imports} - {
         "langchain_bge.milvus",
         "llamaindex_bge.milvus",
     }
+    modules |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    if "langchain_community.vectorstores" in modules:  # whose classes import their package late
+        modules |= {package for name, package in COMMUNITY.items() if name in code}
     for module in sorted(modules):
         if is_missing(module):
             pytest.skip(f"{module} is not installed")
