@@ -8,6 +8,7 @@ exit code 1 if a test failed, and with 2 where there is no GPU.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import statistics
@@ -24,6 +25,8 @@ import torch
 import transformers
 
 from bge_core import Embedder
+from bge_core.backends import packing
+from bge_core.backends.packed import PackedRunner
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {**shapes.SHAPES, "large": shapes.Shape("bge-large-en-v1.5", 1024, 24, 16)}
@@ -43,8 +46,11 @@ def main() -> int:
     _say(_machine())
     with tempfile.TemporaryDirectory() as work:
         failed = _run_tests(Path(work) / "report.xml")
-        _say("\n| shape, number format | bulk, tokens/s | query p50 / p99, ms | during bulk, ms |")
-        _say("|---|--:|--:|--:|")
+        _say(
+            "\n| shape, number format | attention | bulk, tokens/s | query p50 / p99, ms | "
+            "without CUDA graphs, ms | during bulk, ms | without CUDA graphs, ms |"
+        )
+        _say("|---|---|--:|--:|--:|--:|--:|")
         for name in options.shapes:
             folder = shapes.make(SHAPES[name], Path(work))
             for dtype in options.dtypes:
@@ -117,12 +123,34 @@ def _measured(folder: Path, dtype: str, seconds: float) -> str:
         embedder.embed_documents(texts[:count])
         tokens = sum(min(length + 2, 512) for length in lengths[:count])
         bulk = tokens / (time.perf_counter() - started)
-        alone = _latencies(embedder, queries, 200)
-        thread = threading.Thread(target=embedder.embed_documents, args=(texts[:count],))
-        thread.start()
-        during = _latencies(embedder, queries, 10_000, while_alive=thread)
-        thread.join()
-    return f"| {folder.name}, {dtype} | {bulk:,.0f} | {_quantiles(alone)} | {_quantiles(during)} |"
+        (runner,) = embedder.local.loaded().runners["interactive"]
+        assert isinstance(runner, PackedRunner)
+        _latencies(embedder, queries, 50)  # which captures the graphs
+        graphs, latencies = runner._graphed, []
+        for used in (graphs, None):
+            runner._graphed = used
+            latencies.append(_quantiles(_latencies(embedder, queries, 200)))
+            thread = threading.Thread(target=embedder.embed_documents, args=(texts[:count],))
+            thread.start()
+            during = _latencies(embedder, queries, 10_000, while_alive=thread)
+            thread.join()
+            latencies.append(_quantiles(during))
+        runner._graphed = graphs
+        replays = graphs.replays if graphs is not None else 0
+        if not replays:
+            latencies[0] += " (no graphs)"
+    kernel = _kernel_name(folder, dtype)
+    cells = [f"{folder.name}, {dtype}", kernel, f"{bulk:,.0f}", latencies[0], latencies[2]]
+    return f"| {' | '.join([*cells, latencies[1], latencies[3]])} |"
+
+
+def _kernel_name(folder: Path, dtype: str) -> str:
+    """Name what attends in all sequences of a pack."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width = config["hidden_size"] // config["num_attention_heads"]
+    rows = torch.empty(1, 1, width, dtype=getattr(torch, dtype), device="cuda:0")
+    kernel = packing._one_call(rows, windowed=False)
+    return "a call a length" if kernel is None else getattr(kernel, "__name__", "").strip("_")
 
 
 def _latencies(

@@ -54,6 +54,8 @@ class Encoder(Protocol):
 
     bucketed: bool
     """Whether its packs should come in few sizes (see `Pack`)."""
+    capturable: bool
+    """Whether a pack's sizes alone say what it launches on a device, which it never waits for."""
 
     def hidden_states(self, pack: Pack) -> Tensor:
         """Compute the row of every token, [rows, hidden]."""
@@ -115,8 +117,9 @@ class TorchRunner(ABC):
         self.default_budget = budget
         self.overlaps = device.type == "cuda"
         if self.overlaps:
-            # The workers have streams of their own, which don't wait for the weights.
-            torch.cuda.synchronize(device)
+            # The workers have streams of their own, which don't wait for the weights. Waiting for
+            # the whole device isn't allowed while another model's worker captures a graph.
+            torch.cuda.current_stream(device).synchronize()
 
     @abstractmethod
     def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
@@ -131,6 +134,8 @@ class TorchRunner(ABC):
     def _fetch_finite(self, sequences: Sequence[TokenSequence], fetch: Fetch) -> Any:
         """Fetch rows, and compute those again that overflowed."""
         rows = fetch()
+        if isinstance(rows, np.ndarray) and np.isfinite(rows).all():
+            return rows
         bad = [place for place, row in enumerate(rows) if not _is_finite(row)]
         if bad:
             logger.debug("%d of %d rows overflowed in float16.", len(bad), len(rows))

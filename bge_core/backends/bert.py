@@ -107,6 +107,7 @@ class Bert(torch.nn.Module):
     """
 
     bucketed = False  # unless its layers are laid out for oneDNN
+    capturable = True
 
     def __init__(self, shape: _Shape, *, head: bool) -> None:
         super().__init__()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from bge_core.backends.base import POOLS, TorchRunner, begin_copy
+from bge_core.backends.cuda_graphs import GraphedEncoder
 from bge_core.backends.packing import Pack
 
 if TYPE_CHECKING:
@@ -85,9 +87,31 @@ class PackedRunner(TorchRunner):
         self._encoder = encoder
         self._heads = heads
         self._position_offset = position_offset
+        self._graphed: GraphedEncoder | None = None
+
+    @contextmanager
+    def on_thread(self, *, urgent: bool) -> Iterator[None]:
+        """Return a context in which a thread computes: on CUDA with a stream of its own.
+
+        Args:
+            urgent: Whether the device takes this thread's work before the others', and CUDA graphs
+                compute its small packs.
+        """
+        with super().on_thread(urgent=urgent):
+            if not (urgent and self.overlaps and self._encoder.capturable):
+                yield
+                return
+            graphed = self._graphed = GraphedEncoder(self._encoder, self._device)
+            try:
+                yield
+            finally:
+                self._graphed = None
+                graphed.close()
 
     def _launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
-        return self._heads.launch(sequences, self._encoder, self._pack)
+        graphed = self._graphed
+        here = graphed if graphed is not None and graphed.is_here else self._encoder
+        return self._heads.launch(sequences, here, self._pack)
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> Pack:
         return Pack(sequences, self._device, self._position_offset, self._encoder.bucketed)

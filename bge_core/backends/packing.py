@@ -100,13 +100,31 @@ class Pack:
         np.cumsum(self.lengths, out=bounds[1:])
         return bounds
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Make the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
-        tokens = self.tokens
-        rows = self._padded_size(tokens)
-        # Rows of one array, which goes to the device in one copy.
-        values = np.zeros((3, rows), dtype=np.int64)
-        ids, positions, types = values[:, :tokens]
+    @property
+    def rows(self) -> int:
+        """Rows that its inputs have: the tokens, and what pads them."""
+        return self._padded_size(self.tokens)
+
+    @property
+    def slots(self) -> int:
+        """Sequences that its tensors have room for."""
+        return self._padded_size(len(self.sequences))
+
+    def values(self, rows: int, slots: int) -> NDArray[np.int64]:
+        """Lay all that its tensors hold into one array, which goes to a device in one copy.
+
+        Args:
+            rows: Rows of the inputs, no fewer than the tokens.
+            slots: Sequences that there is room for; those beyond the pack's have no tokens.
+
+        Returns:
+            Ids, positions and types [3, rows], the rows of first tokens [slots], and, of int32,
+            bounds and ordinals [2, slots + 1], end to end.
+        """
+        tokens, count = self.tokens, len(self.sequences)
+        values = np.zeros(3 * rows + 2 * slots + 1, dtype=np.int64)
+        inputs = values[: 3 * rows].reshape(3, rows)
+        ids, positions, types = inputs[:, :tokens]
         np.concatenate([sequence.id_array for sequence in self.sequences], out=ids)
         starts = np.repeat(self._bounds[:-1], self.lengths)
         np.subtract(np.arange(tokens), starts, out=positions)
@@ -114,14 +132,29 @@ class Pack:
         if seconds != self.lengths:
             np.greater_equal(positions, np.repeat(seconds, self.lengths), out=types)
         if (pad := self.position_offset) is not None:
-            values[:2, tokens:] = pad
+            inputs[:2, tokens:] = pad
             self._offset(ids, positions, starts, pad)
-        tensor = self._tensor(values)
-        return {
-            "input_ids": tensor[0:1],
-            "position_ids": tensor[1:2],
-            "token_type_ids": tensor[2:3],
-        }
+        values[3 * rows :][:count] = self._bounds[:-1]
+        ends = values[3 * rows + slots :].view(np.int32).reshape(2, slots + 1)
+        ends[0] = tokens
+        ends[0, : count + 1] = self._bounds
+        ends[1] = np.arange(slots + 1)
+        return values
+
+    @cached_property
+    def _all(self) -> Tensor:
+        """All of `values`, on the device."""
+        return self._tensor(self.values(self.rows, self.slots))
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        """Bounds and ordinals, [2, slots + 1] int32."""
+        return self._all[3 * self.rows + self.slots :].view(torch.int32).view(2, -1)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the model's inputs, each of shape [1, rows], int64: the tokens, then padding."""
+        inputs = self._all[: 3 * self.rows].view(3, 1, self.rows)
+        return dict(zip(("input_ids", "position_ids", "token_type_ids"), inputs, strict=True))
 
     @staticmethod
     def _offset(
@@ -140,10 +173,7 @@ class Pack:
 
     def first_token_indices(self) -> Tensor:
         """Return the row of each sequence's first token, [n] int64, or more of few sizes."""
-        count = len(self.sequences)
-        rows = np.zeros(self._padded_size(count), dtype=np.int64)
-        rows[:count] = self._bounds[:-1]
-        return self._tensor(rows)
+        return self._all[3 * self.rows :][: self.slots]
 
     def last_token_indices(self) -> Tensor:
         """Return the row of each sequence's last token, [n] int64."""
@@ -152,12 +182,12 @@ class Pack:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """Return 0 and each sequence's end, [n + 1] int32, as CUDA's kernel takes them."""
-        return self._tensor(self._bounds.astype(np.int32))
+        return self._ends[0, : len(self.sequences) + 1]
 
     @cached_property
     def ordinals(self) -> Tensor:
         """Return 0 to n, [n + 1] int32: `cu_seqlens` of one token a sequence."""
-        return self._tensor(np.arange(len(self.sequences) + 1, dtype=np.int32))
+        return self._ends[1, : len(self.sequences) + 1]
 
     @cached_property
     def longest(self) -> int:

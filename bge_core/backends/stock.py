@@ -43,6 +43,7 @@ class TransformersEncoder:
     """
 
     bucketed = False
+    capturable = False  # transformers' code may look at numbers on the way
 
     def __init__(self, model: Any, *, types: bool) -> None:
         self._model = model

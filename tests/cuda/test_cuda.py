@@ -17,6 +17,9 @@ import transformers
 from bge_core import ComputationError, Embedder, M3Embedder, Reranker
 from bge_core.backends import packing
 from bge_core.backends.base import POOLS, OverlappingRunner, TorchRunner
+from bge_core.backends.bert import Bert
+from bge_core.backends.cuda_graphs import room_for
+from bge_core.backends.packed import PackedRunner
 from bge_core.backends.packing import Pack, attend, attend_first
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.select import load_runner
@@ -256,5 +259,208 @@ def test_what_overflows_in_float16_is_computed_again(pooling, tmp_path):
     with torch.inference_mode():
         assert not np.isfinite(runner._launch(texts)()).all()
         hidden = [model(input_ids=torch.tensor([text.ids]))[0][0] for text in texts]
-    expected = [own[0] if pooling == "cls" else own.mean(0) for own in hidden]
-    agree(runner.run(texts), torch.stack(expected).numpy(), "bfloat16")
+    expected = torch.stack([own[0] if pooling == "cls" else own.mean(0) for own in hidden]).numpy()
+    agree(runner.run(texts), expected, "bfloat16")
+    assert isinstance(runner, PackedRunner)
+    with runner.on_thread(urgent=True):
+        for _ in range(3):
+            agree(runner.run(texts[:1]), expected[:1], "float16")
+        agree(runner.run(texts), expected, "bfloat16")
+        assert runner._graphed is not None
+        assert runner._graphed.replays == 2, "what overflowed there is computed again, too"
+
+
+# Tokens of each sequence: one and the most of each room, a room's borders, several at once, and
+# what has no room.
+GRAPHED = [
+    (1,),
+    (2, 30),
+    (32,),
+    (33,),
+    (64,),
+    (3, 20, 41),
+    (100,),
+    (8,) * 8,
+    (129,),
+    (250,),
+    (16,) * 16,
+    (512,),
+    (500, 1, 11),
+    (511, 500),
+    (9,) * 64,
+    (9,) * 65,
+    (512, 512, 3),
+]
+LANES = {
+    "BERT, cls": ("en_folder", "cls"),
+    "BERT, mean": ("en_folder", "mean"),
+    "BERT, last": ("en_folder", "last"),
+    "XLM-RoBERTa, cls": ("m3_folder", "cls"),
+    "BERT's cross-encoder": ("bert_reranker_folder", None),
+    "RoBERTa's cross-encoder": ("reranker_folder", None),
+}
+
+
+def runner_of(folder, pooling, dtype):
+    kind = "reranker" if pooling is None else "embedder"
+    options = RunnerOptions(kind=kind, pooling=pooling, dtype=dtype)
+    runner = load_runner(read(Source.of(folder), folder), options, device="cuda:0")
+    assert isinstance(runner, PackedRunner)
+    return runner
+
+
+def sequences_of(lengths, seed):
+    rng = np.random.default_rng(seed)
+    return [TokenSequence(rng.integers(5, 60, size=length), length) for length in sorted(lengths)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lane", LANES)
+def test_graphs_compute_what_plain_launches_do(lane, dtype, request):
+    name, pooling = LANES[lane]
+    runner = runner_of(request.getfixturevalue(name), pooling, dtype)
+    packs = [(lengths, seed) for seed in range(3) for lengths in GRAPHED]
+    given = [sequences_of(lengths, seed) for lengths, seed in packs]
+    plain = [runner.run(sequences) for sequences in given]
+    with runner.on_thread(urgent=True):
+        graphed = runner._graphed
+        assert graphed is not None
+        found = [runner.run(sequences) for sequences in given]
+        # As a worker does it: the next is launched before the rows of the one before are fetched.
+        begun = [runner.launch(sequences) for sequences in given]
+        overlapped = [fetch() for fetch in begun]
+    rooms = [room_for(Pack(sequences, torch.device("cpu"))) for sequences in given]
+    assert graphed.replays == 2 * sum(map(bool, rooms)) - 2 * len({*rooms} - {None})
+    assert None in rooms
+    for rows in (found, overlapped):
+        for some, others in zip(rows, plain, strict=True):
+            assert some.shape == others.shape
+            if pooling is None:
+                atol = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
+                np.testing.assert_allclose(some, others, atol=atol * max(1, np.abs(others).max()))
+            else:
+                agree(some, others, dtype)
+    assert runner._graphed is None
+    assert not graphed._graphs, "their memory is given back"
+
+
+def graphs_of(model):
+    (runner,) = model.local.loaded().runners["interactive"]
+    return runner._graphed
+
+
+def test_queries_of_many_threads_run_in_graphs_beside_bulk_work_and_after_a_second_load(en_folder):
+    queries = ["", "a", "panda", *(f"{n} {'cat ' * n}" for n in range(1, 40, 3))]
+    bulk = [f"{n} {'panda cat ' * 100}" for n in range(4_000)]
+    with Embedder(en_folder, device="cpu") as on_cpu:
+        expected = on_cpu.embed_queries(queries)
+    for _ in range(2):
+        with Embedder(en_folder, device=DEVICE) as embedder:
+            found: list[tuple[int, np.ndarray]] = []
+
+            def ask(start, embedder=embedder, found=found):
+                for turn in range(3 * len(queries)):
+                    place = (start + turn) % len(queries)
+                    found.append((place, embedder.embed_queries([queries[place]])))
+
+            threads = [threading.Thread(target=ask, args=(start,)) for start in range(6)]
+            threads.append(threading.Thread(target=embedder.embed_documents, args=(bulk,)))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            agree(
+                np.concatenate([rows for _, rows in found]),
+                expected[[n for n, _ in found]],
+                "float16",
+            )
+            graphs = graphs_of(embedder)
+            assert graphs.works
+            assert graphs.replays > 10
+            assert len(found) == 18 * len(queries)
+            assert graphs._graphs
+            workers = embedder.local.loaded()._workers.all_threads()
+        for worker in workers:
+            worker.join(10)
+        assert not graphs._graphs
+
+
+def test_two_models_capture_at_the_same_time(en_folder, reranker_folder):
+    with (
+        Embedder(en_folder, device=DEVICE, dtype="float32") as embedder,
+        Reranker(reranker_folder, device=DEVICE, dtype="float32", normalize=False) as reranker,
+        Reranker(reranker_folder, device="cpu", normalize=False) as on_cpu,
+    ):
+        passages = TEXTS[:4]
+        scores = on_cpu.score("panda", passages)
+        vectors = embedder.embed_documents(TEXTS[:4])
+
+        done: list[int] = []
+
+        def rank():
+            for count in (1, 2, 3, 4) * 5:
+                found = reranker.score("panda", passages[:count])
+                np.testing.assert_allclose(found, scores[:count], atol=1e-3)
+                done.append(count)
+
+        thread = threading.Thread(target=rank)
+        thread.start()
+        for count in (1, 2, 3, 4) * 5:
+            found = embedder.embed_documents(TEXTS[:count], priority="interactive")
+            np.testing.assert_allclose(found, vectors[:count], atol=1e-4)
+        thread.join()
+        assert len(done) == 20
+        for model in (embedder, reranker):
+            assert graphs_of(model).works
+            assert graphs_of(model).replays
+
+
+def test_sparse_and_dense_outputs_of_bge_m3_come_of_graphs(m3_folder):
+    with (
+        M3Embedder(m3_folder, device=DEVICE, dtype="float32") as here,
+        M3Embedder(m3_folder, device="cpu") as there,
+    ):
+        for text in ("a panda", "a cat", "panda", "two cats and a panda"):
+            found, expected = (
+                one.encode([text], multi_vector=True, priority="interactive")
+                for one in (here, there)
+            )
+            np.testing.assert_allclose(found.dense, expected.dense, atol=1e-4)
+            np.testing.assert_allclose(found.multi_vector[0], expected.multi_vector[0], atol=1e-4)
+            assert found.sparse[0] == pytest.approx(expected.sparse[0], abs=1e-4)
+        assert graphs_of(here).replays == 2
+
+
+def test_a_capture_that_fails_is_nobody_s_error_and_the_next_model_captures(
+    en_folder, m3_folder, monkeypatch
+):
+    plain = Bert.first_token_states
+    failed = []
+
+    def looks(self, pack):
+        rows = plain(self, pack)
+        if torch.cuda.is_current_stream_capturing():
+            failed.append(len(rows))
+            rows.sum().item()  # which waits for the device
+        return rows
+
+    given = sequences_of((3, 9), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bert, "first_token_states", looks)
+        runner = runner_of(en_folder, "cls", "float16")
+        expected = runner.run(given)
+        with runner.on_thread(urgent=True):
+            graphed = runner._graphed
+            for _ in range(4):
+                agree(runner.run(given), expected, "float16")
+        assert failed == [2], "it is tried once"
+        assert (graphed.works, graphed.replays) == (False, 0)
+    assert torch.isfinite(torch.randn(4, device=DEVICE)).all()
+    torch.cuda.synchronize()
+    runner = runner_of(m3_folder, "cls", "float16")
+    expected = runner.run(given)
+    with runner.on_thread(urgent=True):
+        graphed = runner._graphed
+        for _ in range(4):
+            agree(runner.run(given), expected, "float16")
+        assert (graphed.works, graphed.replays) == (True, 2)
