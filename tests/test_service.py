@@ -133,6 +133,19 @@ BAD = {
     "a query that is none": ("/rerank", {"query": 1, "passages": ["a"]}, 400, "query must be"),
     "half a query": ("/rerank", b'{"query": "\\udfff", "passages": ["a"]}', 400, "Unicode"),
     "top_n of 0": ("/rerank", {"query": "a", "passages": ["a"], "top_n": 0}, 400, "top_n"),
+    "a bool for top_n": (
+        "/rerank",
+        {"query": "a", "passages": ["a"], "top_n": True},
+        400,
+        "top_n must be a whole number",
+    ),
+    "a bool for a threshold": (
+        "/rerank",
+        {"query": "a", "passages": ["a"], "score_threshold": False},
+        400,
+        "score_threshold must be a number",
+    ),
+    "a bool for a dimension": ("/v1/embeddings", {"input": "a", "dimensions": True}, 422, "dim"),
     "no number": (
         "/rerank",
         b'{"query": "a", "passages": ["a"], "score_threshold": NaN}',

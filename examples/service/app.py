@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from metrics import Metrics
 from numpy.typing import NDArray
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, StrictInt, WithJsonSchema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bge_core import (
@@ -98,6 +98,8 @@ class Settings:
 # What the core checks itself, in a sentence of its own; the schema is for the page at /docs.
 Text = Annotated[Any, WithJsonSchema({"type": "string"})]
 Texts = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "string"}})]
+Count = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "null"}]})]
+Threshold = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]})]
 
 
 class Body(BaseModel):
@@ -118,8 +120,8 @@ class RerankBody(Body):
 
     query: Text
     passages: Texts
-    top_n: int | None = None
-    score_threshold: float | None = None
+    top_n: Count = None
+    score_threshold: Threshold = None
 
 
 class OpenAIBody(Body):
@@ -129,7 +131,7 @@ class OpenAIBody(Body):
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     input_type: Literal["query", "document"] = "document"
-    dimensions: int | None = None
+    dimensions: StrictInt | None = None
     user: str | None = None
 
 
