@@ -6,6 +6,7 @@ may take it. Used as `arguments.text("query", query)`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from numbers import Integral, Real
@@ -20,8 +21,10 @@ __all__ = [
     "LongPassages",
     "OnTruncation",
     "Priority",
+    "counted",
     "flag",
     "is_list",
+    "name_hint",
     "number",
     "one_of",
     "pairs",
@@ -56,6 +59,19 @@ def shown(value: object, *, most: int = 60) -> str:
     except Exception:  # noqa: BLE001 -- whatever a class raises
         return f"a value of type {type(value).__name__}"
     return written if len(written) <= most else f"{written[: most - 1]}…"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with what it counts: `1 null`, `2 nulls`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def name_hint(name: str, known: Iterable[str]) -> str:
+    """Return what to write instead of an argument that isn't there: a like name, or all of them."""
+    names = sorted(known)
+    # Closer than difflib's own 0.6, by which truncate_dim is like on_truncation.
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(names)}."
 
 
 def is_list(value: object) -> TypeGuard[Iterable[object]]:

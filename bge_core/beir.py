@@ -70,7 +70,8 @@ def read_beir(folder: Path) -> tuple[Questions, list[tuple[str, str]]]:
     asked = json_lines(folder / "queries.jsonl", "_id", texts=("text",))
     texts = {str(row["_id"]): row["text"] for row in asked}
     if unknown := sorted(relevant.keys() - texts.keys()):
-        msg = f"{qrels} judges {len(unknown)} questions that queries.jsonl lacks: {unknown[:3]}."
+        many = "1 question" if len(unknown) == 1 else f"{len(unknown):,} questions"
+        msg = f"{qrels} judges {many} that queries.jsonl lacks: {unknown[:3]}."
         raise ArgumentError(msg)
     return Questions({query: texts[query] for query in relevant}, relevant), passages
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bge_core.arguments import counted
 from bge_core.checkpoints.catalog import PROFILES, find_profile
 from bge_core.checkpoints.metadata import is_m3_architecture, read
 from bge_core.checkpoints.source import Source, locate
@@ -132,10 +133,10 @@ def _devices(report: _Report) -> None:
 
     from bge_core.backends.int8 import int8_works
 
-    cores = f"{os.cpu_count()} cores"
+    cores = counted(os.cpu_count() or 1, "core")
     if hasattr(os, "sched_getaffinity"):
         cores += f", {len(os.sched_getaffinity(0))} of them for this process"
-    report.row("cpu", f"{cores}, {torch.get_num_threads()} threads of torch")
+    report.row("cpu", f"{cores}, {counted(torch.get_num_threads(), 'thread')} of torch")
     flags = _cpu_flags()
     known = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
     report.row("cpu instructions", ", ".join(known) or torch.backends.cpu.get_cpu_capability())

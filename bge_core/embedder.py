@@ -309,7 +309,14 @@ class Embedder(HasModel):
 
             rows, _ = yield from compute_windows(
                 documents,
-                split_item=lambda document: split(tokenizer, document, layout, prefix=prefix),
+                split_item=lambda document: split(
+                    tokenizer,
+                    document,
+                    layout,
+                    capacity=model.capacity,
+                    prefix=prefix,
+                    otherwise="a shorter document_instruction",
+                ),
                 window_of=lambda document, span: document[slice(*span)],
                 compute=compute,
             )

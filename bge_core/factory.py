@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["make_embedder", "make_reranker", "make_scorer"]
 
 
-@with_options_of(Embedder)
-@with_options_of(ServerOptions)
+@with_options_of(ServerOptions, Embedder)
 def make_embedder(
     model: str | os.PathLike[str],
     *,
@@ -77,8 +76,7 @@ def make_embedder(
     return RemoteEmbedder(model, endpoint=endpoint, **server, **served)
 
 
-@with_options_of(Reranker)
-@with_options_of(ServerOptions)
+@with_options_of(ServerOptions, Reranker)
 def make_reranker(
     model: str | os.PathLike[str],
     *,

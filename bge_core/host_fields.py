@@ -5,13 +5,13 @@ Only adapters import this module: the core itself needs no pydantic.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import os
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -26,6 +26,7 @@ from typing import (
     get_origin,
 )
 
+from annotated_types import Ge
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -36,10 +37,12 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
-from bge_core.arguments import shown
+from bge_core.arguments import name_hint, shown
 from bge_core.backends.table import BackendName
 from bge_core.checkpoints.catalog import registered_profiles, restore_profiles
+from bge_core.checkpoints.source import check_name
 from bge_core.embedder import Embedder
 from bge_core.errors import ArgumentError, InputTypeError
 from bge_core.factory import make_reranker
@@ -49,15 +52,18 @@ from bge_core.prompts import QueryExample
 from bge_core.reranker import Scorer
 
 __all__ = [
+    "Count",
     "Examples",
     "LocalModelFields",
     "ModelName",
+    "Number",
     "PromptFields",
     "RankingFields",
     "RerankerFields",
     "ResolvedSettings",
     "ServedModelFields",
     "Weights",
+    "WholeNumber",
     "earlier_score_key",
     "with_profiles",
     "without_profiles",
@@ -85,6 +91,19 @@ def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _whole(value: object) -> int:
+    # numpy's integers are whole numbers, and a bool is none.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise PydanticKnownError("int_type")  # noqa: EM101 -- pydantic has the sentence
+    return int(value)
+
+
+def _real(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise PydanticKnownError("float_type")  # noqa: EM101
+    return float(value)
+
+
 # What type checkers let through is what the constructor takes; what a field then holds is narrower.
 if TYPE_CHECKING:
     import torch
@@ -92,21 +111,28 @@ if TYPE_CHECKING:
     from bge_core.engine.model import HasModel
     from bge_core.engine.stats import ModelStats
 
+    Count = int
     Device = str | torch.device | list[str]
     DType = str | torch.dtype
     Folder = str | os.PathLike[str]
     ModelName = str | os.PathLike[str]
+    Number = float
     Secret = str | SecretStr
     Examples = Iterable[QueryExample | Mapping[str, str]]
     Weights = M3Weights | Mapping[str, float]
+    WholeNumber = int
 else:
+    # The bound inside: behind the validator, no schema shows it.
+    Count = Annotated[int, Ge(1), BeforeValidator(_whole)]
     Device = Annotated[str | list[str], BeforeValidator(_plain)]
     DType = Annotated[str, BeforeValidator(_plain)]
     Folder = Annotated[str, BeforeValidator(_path)]
     ModelName = Annotated[str, BeforeValidator(_absolute)]
+    Number = Annotated[float, BeforeValidator(_real)]
     Secret = SecretStr
     Examples = tuple[QueryExample, ...]
     Weights = M3Weights
+    WholeNumber = Annotated[int, BeforeValidator(_whole)]
 
 
 class LocalModelFields(BaseModel, ContextManaged):
@@ -138,10 +164,10 @@ class LocalModelFields(BaseModel, ContextManaged):
     use_fp16: bool | None = Field(default=None, frozen=True, strict=True)
     """FlagEmbedding's word for float16 (True) or float32 (False); None leaves it to `dtype`."""
 
-    max_length: int | None = Field(default=None, frozen=True, strict=True)
+    max_length: WholeNumber | None = Field(default=None, frozen=True)
     """Tokens that are read of a text, special ones included; None for the checkpoint's limit."""
 
-    batch_tokens: int | None = Field(default=None, frozen=True, strict=True)
+    batch_tokens: WholeNumber | None = Field(default=None, frozen=True)
     """Tokens computed in one pass; None for the device's default."""
 
     on_truncation: Literal["ignore", "warn", "error"] = Field(default="warn", frozen=True)
@@ -170,6 +196,8 @@ class LocalModelFields(BaseModel, ContextManaged):
     _made: Any = PrivateAttr(default=None)
     _model_field: ClassVar[str] = "model"
     _renamed_arguments: ClassVar[Mapping[str, str]] = {}
+    # Whether the class that this one replaces takes its model first, without a name.
+    _takes_bare_model: ClassVar[bool] = False
     # Of no say in what an adapter is: written as other fields, or a service of the host.
     _not_compared: ClassVar[frozenset[str]] = frozenset()
 
@@ -178,11 +206,12 @@ class LocalModelFields(BaseModel, ContextManaged):
     else:  # type checkers know the arguments from the fields
 
         def __new__(cls, *given: Any, **_: Any) -> Self:
-            """Refuse what was given without its name."""
-            refuse_positional(cls.__name__, given, first=cls._model_field)
+            """Refuse what was given without its name, but for a model where it may be."""
+            if given[int(cls._takes_bare_model) :]:
+                raise positional_error(cls.__name__, given, first=cls._model_field)
             return super().__new__(cls)
 
-        def __init__(self, **arguments: Any) -> None:
+        def __init__(self, *given: Any, **arguments: Any) -> None:
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
             owner = type(self)
@@ -190,7 +219,7 @@ class LocalModelFields(BaseModel, ContextManaged):
             arguments = check_argument_names(
                 owner.__name__, arguments, known=known, renamed=owner._renamed_arguments
             )
-            arguments = owner._normalize_arguments(owner._with_one_model(arguments))
+            arguments = owner._normalize_arguments(owner._with_one_model(arguments, *given))
             try:
                 super().__init__(**arguments)
             except ValidationError as exc:
@@ -311,19 +340,24 @@ class LocalModelFields(BaseModel, ContextManaged):
         super().__setstate__(without_profiles(state))
 
     @classmethod
-    def _with_one_model(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _with_one_model(cls, arguments: Mapping[str, Any], *bare: Any) -> dict[str, Any]:
         """Put the model under the field's name: `model` and `model_name` are one argument."""
         here = cls._model_field
         other = "model_name" if here == "model" else "model"
         if here in arguments and other in arguments:
             msg = "model and model_name are one argument with two names: pass one of them."
             raise ArgumentError(msg)
-        return {here if name == other else name: value for name, value in arguments.items()}
+        if bare and (here in arguments or other in arguments):
+            msg = f"The model was given twice, without a name and as {here}=: pass one of them."
+            raise ArgumentError(msg)
+        named = {here if name == other else name: value for name, value in arguments.items()}
+        return {here: bare[0], **named} if bare else named
 
     @classmethod
     def _normalize_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """Rewrite what was given in other words than the fields', or refuse it in a sentence."""
         made: dict[str, Callable[[Any], Any]] = {
+            cls._model_field: check_name,
             "examples": QueryExample.all_of,
             "m3_weights": M3Weights.of,
         }
@@ -364,13 +398,13 @@ class ServedModelFields(LocalModelFields):
     api_key: Secret | None = Field(default=None, frozen=True, exclude=True, repr=False)
     """The server's token; never shown, and never part of a dump."""
 
-    timeout: float | None = Field(default=None, frozen=True)
+    timeout: Number | None = Field(default=None, frozen=True)
     """Seconds to wait for one answer of the server; None for 60."""
 
     served_model_name: str | None = Field(default=None, frozen=True)
     """The server's name of the model, where it is another than the model's."""
 
-    endpoint_batch_size: int | None = Field(default=None, frozen=True, strict=True)
+    endpoint_batch_size: WholeNumber | None = Field(default=None, frozen=True)
     """Texts that one request to the server carries, at most; None for 32. A smaller limit of the
     server's is learnt from its first refusal."""
 
@@ -459,7 +493,7 @@ class PromptFields(LocalModelFields):
     task: str | None = Field(default=None, frozen=True)
     """llm-embedder's task (`"qa"`, `"icl"`, `"chat"`, `"lrlm"`, `"tool"`, `"convsearch"`)."""
 
-    truncate_dim: int | None = Field(default=None, frozen=True, strict=True)
+    truncate_dim: WholeNumber | None = Field(default=None, frozen=True)
     """How many of a vector's numbers are kept, the first ones, before it is normalised: of models
     that were trained for it (Matryoshka); None for what the checkpoint says, mostly all."""
 
@@ -482,16 +516,16 @@ class RerankerFields(LocalModelFields):
     """Scores from 0 to 1, the sigmoid of the logit, each for itself; False for raw logits. Of no
     effect with bge-m3, whose scores are about 0 to 1 in any case."""
 
-    cutoff_layers: int | list[int] | None = Field(default=None, frozen=True)
+    cutoff_layers: WholeNumber | list[WholeNumber] | None = Field(default=None, frozen=True)
     """The layer after which the score is read, of bge-reranker-v2-minicpm-layerwise (8 to 40) and
     bge-reranker-v2.5-gemma2-lightweight (8 to 42); None for the last. Those above it cost nothing.
     """
 
-    compress_layers: int | list[int] | None = Field(default=None, frozen=True)
+    compress_layers: WholeNumber | list[WholeNumber] | None = Field(default=None, frozen=True)
     """Layers before which bge-reranker-v2.5-gemma2-lightweight shortens the passage, such as
     `[24, 40]`; None for `[8]`."""
 
-    compress_ratio: int = Field(default=1, frozen=True, strict=True)
+    compress_ratio: WholeNumber = Field(default=1, frozen=True)
     """How many neighbouring tokens of the passage become one there: 1 (off), 2, 4 or 8."""
 
     def _options(self) -> dict[str, Any]:
@@ -502,10 +536,10 @@ class RerankerFields(LocalModelFields):
 class RankingFields(RerankerFields):
     """What ranks passages, and keeps the best."""
 
-    top_n: int | None = Field(default=None, ge=1, strict=True)
+    top_n: Count | None = Field(default=None)
     """How many to keep, 1 or more; None for all."""
 
-    score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    score_threshold: Number | None = Field(default=None, allow_inf_nan=False)
     """The least score to keep, itself included; None for any."""
 
     m3_weights: Weights | None = Field(default=None, frozen=True)
@@ -632,32 +666,24 @@ def check_argument_names(
     for name, value in arguments.items():
         if name in known or (name in renamed and not value):
             continue
-        close = difflib.get_close_matches(name, sorted(known), n=1)
-        if name in renamed:
-            hint = f"{renamed[name]}."
-        elif close:
-            hint = f"did you mean {close[0]!r}?"
-        else:
-            hint = f"it takes {', '.join(sorted(known))}."
+        hint = f"{renamed[name]}." if name in renamed else name_hint(name, known)
         msg = f"{owner} has no argument {name!r}: {hint}"
         raise ArgumentError(msg)
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def refuse_positional(owner: str, given: Sequence[object], *, first: str) -> None:
-    """Refuse what was given without a name, as the hosts' classes do, in a sentence.
+def positional_error(owner: str, given: Sequence[object], *, first: str) -> InputTypeError:
+    """Return the error about what was given without a name.
 
     Args:
         owner: The class's name.
         given: What was given.
-        first: The argument that was most likely meant.
-
-    Raises:
-        InputTypeError: Something was given.
+        first: The argument that was most likely meant by the first.
     """
-    if given:
-        msg = f"{owner} takes keywords only: write {owner}({first}={shown(given[0])}, ...)."
-        raise InputTypeError(msg)
+    return InputTypeError(
+        f"{owner} takes keywords only{', but for its model' if given[1:] else ''}: write "
+        f"{owner}({first}={shown(given[0])}, ...)."
+    )
 
 
 def validation_error(owner: str, report: Iterable[Mapping[str, Any]]) -> ArgumentError:

@@ -62,7 +62,7 @@ class M3Weights:
 
     Example:
         >>> M3Weights(sparse=0)
-        M3Weights(dense=1.0, sparse=0, multi_vector=1.0)
+        M3Weights(dense=1.0, sparse=0.0, multi_vector=1.0)
     """
 
     dense: float = 1.0
@@ -70,12 +70,13 @@ class M3Weights:
     multi_vector: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse weights that give no score."""
-        for name, value in self.named().items():
-            arguments.number(f"The weight {name}", value)
+        """Refuse weights that give no score; numpy's numbers become Python's."""
+        for name, given in self.named().items():
+            value = arguments.number(f"The weight {name}", given)
             if not math.isfinite(value) or value < 0:
-                msg = f"The weight {name} must be 0 or more and finite, got {shown(value)}."
+                msg = f"The weight {name} must be 0 or more and finite, got {shown(given)}."
                 raise ArgumentError(msg)
+            object.__setattr__(self, name, value)
         if not sum(self.named().values()):
             msg = "All three weights are 0, which scores nothing: give at least one of them."
             raise ArgumentError(msg)
@@ -708,7 +709,10 @@ class M3Reranker(Scorer):
         long_passages: str = "truncate",
     ) -> None:
         if not isinstance(embedder, M3Embedder):
-            msg = f"embedder must be a bge_core.M3Embedder, got {type(embedder).__name__}."
+            msg = (
+                f"embedder must be a bge_core.M3Embedder, got {type(embedder).__name__}: pass "
+                "M3Embedder('BAAI/bge-m3'), or make both with make_reranker('BAAI/bge-m3')."
+            )
             raise InputTypeError(msg)
         self._embedder = embedder
         self._weights = M3Weights.of(weights)
@@ -772,6 +776,8 @@ class M3Reranker(Scorer):
         )
         model.report_truncation("queries", [lengths[query] for query, _ in pairs])
         scores, spans = yield from score_windows(
-            pairs, split_item=lambda pair: split(tokenizer, pair[1], layout), compute=score
+            pairs,
+            split_item=lambda pair: split(tokenizer, pair[1], layout, capacity=model.capacity),
+            compute=score,
         )
         return Scored(scores, scores, spans)

@@ -6,11 +6,12 @@ and its use; one of a server is the same in `ServerOptions` and `ServerArguments
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar, cast
 
 from bge_core import arguments
 from bge_core.checkpoints.source import Source
@@ -239,13 +240,14 @@ def _is_default(value: object, default: object) -> bool:
     return value is default or (isinstance(value, type(default)) and bool(value == default))
 
 
-def with_options_of(source: Callable[..., object]) -> Callable[[Function], Function]:
-    """Spell the `**options` of a signature out for `help()`, by another's keyword-only arguments.
+def with_options_of(*sources: Callable[..., object]) -> Callable[[Function], Function]:
+    """Spell the `**options` of a signature out, by the keyword-only arguments of others.
 
-    Type checkers and editors read the same names from `Unpack[...]`.
+    `help()` shows them, and what is none of them is refused under the name of the class or the
+    function that was called. Type checkers and editors read the same names from `Unpack[...]`.
 
     Args:
-        source: A class or function whose keyword-only arguments they are.
+        sources: Classes or functions whose keyword-only arguments they are.
     """
 
     def spell_out(function: Function) -> Function:
@@ -255,14 +257,31 @@ def with_options_of(source: Callable[..., object]) -> Callable[[Function], Funct
             for name, parameter in signature.parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        for name, parameter in inspect.signature(source).parameters.items():
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                kept.setdefault(name, parameter)
+        for source in sources:
+            for name, parameter in inspect.signature(source).parameters.items():
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                    kept.setdefault(name, parameter)
         required_first = sorted(
             kept.values(), key=lambda one: (one.kind, one.default is not one.empty)
         )
-        function.__signature__ = signature.replace(parameters=required_first)  # type: ignore[attr-defined]
-        return function
+        signature = signature.replace(parameters=required_first)
+
+        @functools.wraps(function)
+        def checked(*given: Any, **options: Any) -> Any:
+            called = type(given[0]) if given and function.__name__ == "__init__" else function
+            for name in (name for name in options if name not in kept):
+                hint = arguments.name_hint(name, kept.keys() - {"self"})
+                msg = f"{called.__name__}() got an unexpected keyword argument {name!r}: {hint}"
+                raise TypeError(msg)
+            try:
+                signature.bind(*given, **options)
+            except TypeError as exc:
+                msg = f"{called.__name__}() {exc}."
+                raise TypeError(msg) from None
+            return function(*given, **options)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return cast("Function", checked)
 
     return spell_out
 

@@ -431,7 +431,9 @@ class Reranker(HasModel, Scorer):
         return (
             yield from score_windows(
                 pairs,
-                split_item=lambda pair: split(tokenizer, pair[1], layouts[pair[0]], prefix=prefix),
+                split_item=lambda pair: split(
+                    tokenizer, pair[1], layouts[pair[0]], capacity=model.capacity, prefix=prefix
+                ),
                 compute=lambda some, _: self._logits(some, priority, progress, reports=False),
             )
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from bge_core import arguments
 from bge_core.arguments import shown
 from bge_core.errors import ArgumentError, InputTypeError
 
@@ -97,12 +98,15 @@ def sparsevec(
     Raises:
         ArgumentError: A weight is negative or not finite; a token id is none of `dimensions`; or
             more than 16,000 weights are left.
-        InputTypeError: `weights` is no mapping of int to numbers.
+        InputTypeError: `weights` is no mapping of int to numbers, or an argument no whole number.
 
     Example:
         >>> sparsevec({0: 0.25, 6: 0.5, 9: 0.125}, dimensions=10, heaviest=2)
         '{1:0.25,7:0.5}/10'
     """
+    dimensions = arguments.whole_number("dimensions", dimensions, unit=" of tokens")
+    if heaviest is not None:
+        heaviest = arguments.whole_number("heaviest", heaviest, instead=" or None for all")
     kept = [(token, weight) for token, weight in _checked(weights) if weight]
     for token, _ in kept:
         if token >= dimensions:

@@ -29,6 +29,7 @@ __all__ = [
     "can_check_inline",
     "can_tokenize_inline",
     "report_truncation",
+    "room_remedy",
 ]
 
 logger = logging.getLogger(__name__)
@@ -221,8 +222,12 @@ class Tokenizer:
             msg = (
                 f"No room is left for a query: the examples take {ahead} tokens, and what is "
                 f"behind it {behind + self.single_extra}, of max_length={max_length} beside the "
-                f"examples and of the {limit} that the model can take with them. Pass fewer or "
-                "shorter examples, or a larger max_length."
+                f"examples and of the {limit} that the model can take with them. "
+                + room_remedy(
+                    behind + self.single_extra + 1,
+                    capacity=limit - ahead,
+                    otherwise="fewer or shorter examples",
+                )
             )
             raise ArgumentError(msg)
         kept, truncated = [], []
@@ -422,6 +427,19 @@ def can_tokenize_inline(items: object) -> bool:
     return characters <= _FEW_CHARACTERS
 
 
+def room_remedy(needed: int, *, capacity: int | None, otherwise: str) -> str:
+    """Return what makes room for a text: a larger `max_length` where there is one, or less around.
+
+    Args:
+        needed: The least `max_length` that leaves room.
+        capacity: The largest that the model can take; None for any.
+        otherwise: What else to pass.
+    """
+    if capacity is not None and needed > capacity:
+        return f"No max_length that the model can take is enough: pass {otherwise}."
+    return f"Pass max_length={needed} or more, or {otherwise}."
+
+
 def report_truncation(
     *,
     what: str,
@@ -454,9 +472,10 @@ def report_truncation(
     places, where = (truncated, "at") if pairs is None else (pairs, "in the pairs at")
     shown = ", ".join(map(str, places[:_SHOWN_PLACES]))
     more = ", ..." if len(places) > _SHOWN_PLACES else ""
+    are = "is" if len(truncated) == 1 else "are"
     said = (
-        f"{len(truncated)} of {len(lengths)} {what} are longer than max_length={max_length} tokens "
-        f"of {model} ({where} index {shown}{more}; the longest has {max(lengths)})"
+        f"{len(truncated)} of {len(lengths)} {what} {are} longer than max_length={max_length} "
+        f"tokens of {model} ({where} index {shown}{more}; the longest has {max(lengths)})"
     )
     remedies = ["split or shorten them"]
     if capacity > max_length:

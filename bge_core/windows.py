@@ -10,6 +10,7 @@ import numpy as np
 from bge_core.engine.call import Item, slices_of
 from bge_core.engine.process import hold_interpreter_exit
 from bge_core.errors import ArgumentError
+from bge_core.tokenizer import room_remedy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +31,13 @@ _SLICE_CHARACTERS = 1 << 20
 
 
 def split(
-    tokenizer: Tokenizer, text: str, layout: SequenceLayout, *, prefix: str = ""
+    tokenizer: Tokenizer,
+    text: str,
+    layout: SequenceLayout,
+    *,
+    capacity: int | None = None,
+    prefix: str = "",
+    otherwise: str = "long_passages='truncate'",
 ) -> list[Span]:
     """Split a passage into windows that fit as passages of their own.
 
@@ -38,8 +45,10 @@ def split(
         tokenizer: The checkpoint's.
         text: The passage.
         layout: What stands around it, and how much of it fits.
+        capacity: The largest `max_length` that the model can take; None for any.
         prefix: Text in front of each window that is no part of the passage, such as an
             instruction.
+        otherwise: What makes room, beside a larger `max_length`.
 
     Returns:
         The windows' characters, in order: all of a passage that fits; else windows of one size in
@@ -60,10 +69,8 @@ def split(
     head = len(offsets) - len(own)
     if size <= head:
         fixed = len(layout.before) + head + len(layout.after)
-        msg = (
-            f"No room is left for a passage: what stands around it takes {fixed} tokens. Pass "
-            f"max_length={fixed + 1} or more, or long_passages='truncate'."
-        )
+        remedy = room_remedy(fixed + 1, capacity=capacity, otherwise=otherwise)
+        msg = f"No room is left for a passage: what stands around it takes {fixed} tokens. {remedy}"
         raise ArgumentError(msg)
     tokens = size - head
     while True:

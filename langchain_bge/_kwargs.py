@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 from bge_core import ArgumentError
@@ -102,7 +103,7 @@ def _entries(label: str, given: object) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_batch_size(label: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         msg = f"{label} must be a whole number, 1 or more, got {shown(value)}."
         raise ArgumentError(msg)
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from bge_core import InputTypeError, Ranked
 from bge_core.arguments import is_list, text
-from bge_core.host_fields import RankingFields, earlier_score_key
+from bge_core.host_fields import Count, RankingFields, earlier_score_key
 from langchain_bge._fields import ServedModelFields
 from langchain_bge._runs import RerankRunnable, arerank_run, config_of, rerank_run
 
@@ -57,7 +57,7 @@ class BGEReranker(RankingFields, ServedModelFields, BaseDocumentCompressor):
         [{'index': 1, 'relevance_score': 0.9979}]
     """
 
-    top_n: int | None = Field(default=3, ge=1, strict=True)
+    top_n: Count | None = Field(default=3)
     """How many documents to keep, 1 or more; None for all."""
 
     def compress_documents(

@@ -9,6 +9,9 @@ from bge_core.errors import needs_extra
 from langchain_bge._sparse_fields import SparseFields
 
 if TYPE_CHECKING:
+    from pydantic import Field
+
+    from bge_core.host_fields import ModelName
     from langchain_bge._sparse_fields import Weights
 
 try:
@@ -41,6 +44,10 @@ class BGESparseEmbeddings(SparseFields, SparseEmbeddings):
         >>> len(vector.indices) == len(vector.values) > 0
         True
     """
+
+    _takes_bare_model = True  # as FastEmbedSparse does
+    if TYPE_CHECKING:
+        model: ModelName = Field(default="", kw_only=False)
 
     def embed_documents(self, texts: list[str]) -> list[SparseVector]:
         """Weigh the tokens of documents.

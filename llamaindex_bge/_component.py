@@ -21,6 +21,7 @@ from bge_core.host_fields import (
     LocalModelFields,
     ModelName,
     ServedModelFields,
+    WholeNumber,
     with_profiles,
     without_profiles,
 )
@@ -39,6 +40,7 @@ class LocalModelComponent(LocalModelFields, BaseComponent):
     """Base of components that run a local model."""
 
     _not_compared = frozenset(_SERVICES)
+    _takes_bare_model = True  # as HuggingFaceEmbedding and SentenceTransformerRerank do
     # What the classes that these replace call otherwise, or do otherwise.
     _renamed_arguments: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
@@ -107,7 +109,7 @@ class EmbeddingComponent(LocalModelComponent):
     _model_field = "model_name"
 
     if TYPE_CHECKING:  # either of them
-        model: ModelName = Field(default="")
+        model: ModelName = Field(default="", kw_only=False)
         model_name: str = Field(default="")
     else:
         model_name: ModelName = Field(frozen=True)
@@ -147,6 +149,9 @@ class EmbeddingComponent(LocalModelComponent):
             """The hub id or folder."""
             return self.model_name
 
-    embed_batch_size: int = Field(default=2048, gt=0, le=2048)
+    embed_batch_size: WholeNumber = Field(default=2048, gt=0, le=2048)
     """Texts that the host hands over at a time, its maximum by default: they are sorted by length
     and packed to `batch_tokens`, and that is what bounds the memory."""
+
+    num_workers: WholeNumber | None = Field(default=None)
+    """Batches that the host has embedded side by side in its async methods; None for its own."""

@@ -26,9 +26,9 @@ class BGEEmbedding(PromptFields, EmbeddingComponent, ServedModelComponent, Batch
     """BGE embeddings, or those of any other model that sentence-transformers can save.
 
     Queries get the checkpoint's instruction, documents none unless the checkpoint or
-    `document_instruction` has one. Arguments are keywords, each is a field, and they are checked
-    at once; weights load at first use and are shared with everything that names the same model,
-    revision, device and dtype.
+    `document_instruction` has one. Arguments are keywords, but for the model, which may
+    stand first. Each is a field, and they are checked at once; weights load at first use and are
+    shared with everything that names the same model, revision, device and dtype.
 
     `callback_manager`, `num_workers`, `rate_limiter` and `embeddings_cache` are those of every
     LlamaIndex embedding. In the cache, queries have a collection of their own; give each

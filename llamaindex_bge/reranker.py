@@ -16,7 +16,7 @@ from pydantic import Field
 
 from bge_core import ArgumentError, InputTypeError, Ranked
 from bge_core.arguments import shown
-from bge_core.host_fields import ModelName, RankingFields, earlier_score_key
+from bge_core.host_fields import Count, ModelName, RankingFields, earlier_score_key
 from llamaindex_bge._component import ServedModelComponent
 
 __all__ = ["BGEReranker"]
@@ -37,7 +37,8 @@ class BGEReranker(RankingFields, ServedModelComponent, BaseNodePostprocessor):
     order. A node without a text of its own, such as an image, can't be scored: such nodes come
     after every scored one, in their order, with `score=None`; `top_n` counts them, and a
     `score_threshold` leaves them out, as SimilarityPostprocessor does. Arguments are keywords,
-    each is a field, and they are checked at once; weights load at first use.
+    but for the model, which may stand first. Each is a field, and they are checked at once; weights
+    load at first use.
 
     Raises:
         ArgumentError: An unknown argument, or a value that is not supported.
@@ -55,7 +56,7 @@ class BGEReranker(RankingFields, ServedModelComponent, BaseNodePostprocessor):
     """
 
     if TYPE_CHECKING:  # either of them
-        model: ModelName = Field(default="")
+        model: ModelName = Field(default="", kw_only=False)
         model_name: str = Field(default="")
     else:
         model: ModelName = Field(frozen=True)
@@ -66,7 +67,7 @@ class BGEReranker(RankingFields, ServedModelComponent, BaseNodePostprocessor):
             """The hub id or folder."""
             return self.model
 
-    top_n: int | None = Field(default=2, ge=1, strict=True)
+    top_n: Count | None = Field(default=2)
     """How many nodes to give, 1 or more; None for all."""
 
     keep_retrieval_score: bool = Field(default=False, strict=True)
@@ -149,11 +150,15 @@ class BGEReranker(RankingFields, ServedModelComponent, BaseNodePostprocessor):
             if node.node.get_content(metadata_mode=MetadataMode.NONE).strip()
         ]
         if len(positions) < len(nodes):
+            missing = len(nodes) - len(positions)
+            have, they, come = ("has", "it", "comes") if missing == 1 else ("have", "they", "come")
             logger.warning(
-                "%d of %d nodes have no text to score (images, or empty): they %s.",
-                len(nodes) - len(positions),
+                "%d of %d nodes %s no text to score (images, or empty): %s %s.",
+                missing,
                 len(nodes),
-                "come last" if self.score_threshold is None else "can't reach score_threshold",
+                have,
+                they,
+                f"{come} last" if self.score_threshold is None else "can't reach score_threshold",
             )
         return positions, [
             nodes[position].get_content(self.metadata_mode) for position in positions

@@ -22,8 +22,8 @@ class BGESparseEmbedding(EmbeddingComponent, BaseSparseEmbedding):  # type: igno
     Beside a `BGEEmbedding` on the same model it costs nothing: they share the weights, and one
     forward pass a document gives both vectors, whichever is asked for first. `QdrantVectorStore`
     takes it by its two hooks: `sparse_doc_fn=sparse.sparse_doc_fn` and
-    `sparse_query_fn=sparse.sparse_query_fn`. Arguments are keywords, each is a field, and they
-    are checked at once; weights load at first use.
+    `sparse_query_fn=sparse.sparse_query_fn`. Arguments are keywords, but for the model,
+    which may stand first. Each is a field, and they are checked at once; weights load at first use.
 
     Raises:
         ArgumentError: An unknown argument, or a value that is not supported.

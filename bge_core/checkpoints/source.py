@@ -6,7 +6,8 @@ import difflib
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bge_core.checkpoints.catalog import (
 from bge_core.checkpoints.files import first_line, other_weights
 from bge_core.errors import ArgumentError, CheckpointError, InputTypeError
 
-__all__ = ["Source", "cached_folder", "locate"]
+__all__ = ["Source", "cached_folder", "check_name", "locate"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,7 @@ class Source:
             InputTypeError: A value of the wrong type.
             CheckpointError: It looks like a folder and is none, or it can't be a hub id.
         """
-        if not isinstance(model, (str, os.PathLike)):
-            msg = f"model must be a hub id or a folder's path, got {type(model).__name__}."
-            raise InputTypeError(msg)
-        name = os.fspath(model)
+        name = os.fspath(check_name(model))
         folder = Path(os.path.expanduser(name))  # noqa: PTH111 -- Path's raises where there is no home
         if name and _is_folder(folder):
             # Absolute, so that "." has a name to be known by and a later chdir changes nothing.
@@ -125,6 +123,24 @@ class Source:
     def hub_cache(self) -> str | None:
         """The hub's cache: the one that was asked for, sentence-transformers', or None for HF's."""
         return self.cache_folder or os.environ.get("SENTENCE_TRANSFORMERS_HOME") or None
+
+
+def check_name(model: object) -> str | os.PathLike[str]:
+    """Refuse what names no model; of an object with a model in it, say its name.
+
+    Raises:
+        InputTypeError: Neither a str nor a path.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return model
+    names = (getattr(model, attribute, None) for attribute in ("model_name", "model"))
+    name = next((name for name in names if isinstance(name, str) and name), None)
+    remedy = "an id such as 'BAAI/bge-small-en-v1.5'"
+    if name is not None:
+        remedy = f"the name of its model, {shown(name, most=500)}, whose weights are shared"
+    what = "None" if model is None else type(model).__name__
+    msg = f"model must be a hub id or a folder's path, got {what}: pass {remedy}."
+    raise InputTypeError(msg)
 
 
 def _folder_name(folder: object) -> str:
@@ -203,16 +219,17 @@ def _fetch(source: Source, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*, local: bool) -> Path:
-        return Path(
-            snapshot_download(
-                source.model,
-                revision=source.revision,
-                cache_dir=source.hub_cache,
-                local_files_only=local,
-                token=source.token,
-                allow_patterns=list(patterns),
+        with _quiet_hub():
+            return Path(
+                snapshot_download(
+                    source.model,
+                    revision=source.revision,
+                    cache_dir=source.hub_cache,
+                    local_files_only=local,
+                    token=source.token,
+                    allow_patterns=list(patterns),
+                )
             )
-        )
 
     local = source.local_files_only or _is_offline()
     try:
@@ -234,6 +251,32 @@ def _fetch(source: Source, patterns: tuple[str, ...]) -> Path:
             first_line(exc),
         )
         return folder
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Have what the hub's client prints of retries and the like in this package's debug log.
+
+    What it comes to is a sentence of ours. Who asked the client to say more hears it as ever.
+    """
+    client = logging.getLogger("huggingface_hub")
+    if client.getEffectiveLevel() < logging.WARNING:
+        yield
+        return
+
+    def take(record: logging.LogRecord) -> bool:
+        logger.debug("%s: %s", record.name, record.getMessage())
+        return False
+
+    # On what prints, and not on the logger: no record of a module below would pass there.
+    handlers = list(client.handlers)
+    for handler in handlers:
+        handler.addFilter(take)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(take)
 
 
 def _is_disk_full(exc: Exception) -> bool:

@@ -29,7 +29,7 @@ from bge_core.engine.stats import Counters
 from bge_core.errors import ArgumentError, closed_while_waiting_error
 from bge_core.layers import LayerOptions
 from bge_core.lifecycle import Closeable
-from bge_core.tokenizer import report_truncation
+from bge_core.tokenizer import report_truncation, room_remedy
 
 if TYPE_CHECKING:
     from bge_core.arguments import Priority
@@ -386,7 +386,12 @@ class LocalModel(Closeable):
         if self.max_length <= extra:
             msg = (
                 f"max_length={self.max_length} leaves no room for text: the special tokens "
-                f"alone take {extra}. Pass {extra + 1} or more."
+                f"alone take {extra}. "
+                + room_remedy(
+                    extra + 1,
+                    capacity=self.capacity,
+                    otherwise="a checkpoint whose files allow more",
+                )
             )
             raise ArgumentError(msg)
 
@@ -403,8 +408,12 @@ class LocalModel(Closeable):
         ):
             msg = (
                 f"max_length={self.max_length} leaves no room for text: what is put in front of it "
-                f"takes {taken} tokens, and {tokenizer.single_extra} are special. Pass "
-                f"{taken + tokenizer.single_extra + 1} or more, or a shorter instruction."
+                f"takes {taken} tokens, and {tokenizer.single_extra} are special. "
+                + room_remedy(
+                    taken + tokenizer.single_extra + 1,
+                    capacity=self.capacity,
+                    otherwise="a shorter instruction",
+                )
             )
             raise ArgumentError(msg)
         self._fitting_prompts.add(prompt)

@@ -244,8 +244,9 @@ def _without_nulls(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if column.null_count:
         row = column.is_null().index(pa.scalar(True)).as_py()  # noqa: FBT003
         msg = (
-            f"Column {name!r} has {column.null_count} nulls in a batch of {len(column)} rows, the "
-            f"first in row {row}: drop these rows, or write '' or [] there."
+            f"Column {name!r} has {arguments.counted(column.null_count, 'null')} in a batch of "
+            f"{arguments.counted(len(column), 'row')}, the first in row {row}: drop these rows, or "
+            "write '' or [] there."
         )
         raise InputTypeError(msg)
     return column

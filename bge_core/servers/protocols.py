@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bge_core.arguments import counted
+
 __all__ = [
     "PROTOCOLS",
     "ServerProtocol",
@@ -260,7 +262,7 @@ def _by_index(entries: object, name: str, count: int) -> list[Any]:
             raise UnreadableAnswerError(wrong)
         found[index] = entry.get(name)
     if len(found) != count:
-        wrong = f"{len(found)} results for {count} texts"
+        wrong = f"{counted(len(found), 'result')} for {counted(count, 'text')}"
         raise UnreadableAnswerError(wrong)
     return [found[index] for index in range(count)]
 

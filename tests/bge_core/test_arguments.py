@@ -19,6 +19,8 @@ from bge_core import (
     RemoteReranker,
     Reranker,
     arguments,
+    make_embedder,
+    make_reranker,
 )
 from bge_core.errors import MissingExtraError, needs_extra
 
@@ -160,6 +162,59 @@ def test_a_list_has_an_order_and_a_length(wrong):
             check("these", wrong)
     with pytest.raises(InputTypeError, match=r"^examples must be a list of "):
         QueryExample.all_of(np.array(3))
+
+
+class OwnEmbedder(Embedder):
+    """A user's."""
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (Embedder, {}),
+        (OwnEmbedder, {}),
+        (M3Embedder, {}),
+        (Reranker, {}),
+        (RemoteEmbedder, {"endpoint": URL}),
+        (RemoteReranker, {"endpoint": URL}),
+        (make_embedder, {}),
+        (make_embedder, {"endpoint": URL}),
+        (make_reranker, {}),
+        (make_reranker, {"endpoint": URL}),
+    ],
+)
+def test_an_unknown_keyword_is_one_of_what_was_called(make, given):
+    hints = {"max_lengths": r"did you mean 'max_length'\?$", "rank_dim": r"it takes .*, model, "}
+    for wrong, hint in hints.items():
+        said = rf"^{make.__name__}\(\) got an unexpected keyword argument '{wrong}': {hint}"
+        with pytest.raises(TypeError, match=said):
+            make("BAAI/bge-m3", **given, **{wrong: 1})
+
+
+def test_a_missing_argument_is_one_of_what_was_called():
+    with pytest.raises(TypeError, match=r"^RemoteReranker\(\) missing .*'endpoint'"):
+        RemoteReranker("BAAI/bge-reranker-base")
+    with pytest.raises(TypeError, match=r"^Embedder\(\) too many positional arguments"):
+        Embedder("BAAI/bge-m3", "cls")
+    with pytest.raises(TypeError, match=r"^make_reranker\(\) .*'truncate_dim'"):
+        make_reranker("BAAI/bge-m3", truncate_dim=8)
+
+
+@pytest.mark.parametrize("name", ["max_length", "batch_tokens", "truncate_dim"])
+def test_a_whole_number_may_be_numpy_s(name):
+    for kind in (int, np.int64, np.uint8):
+        made = Embedder("BAAI/bge-m3", **{name: kind(8)})
+        assert repr(getattr(made.local.options, name, made._truncate_dim)) == "8"
+    with pytest.raises(InputTypeError, match=f"^{name} must be a whole number"):
+        Embedder("BAAI/bge-m3", **{name: True})
+
+
+def test_numpy_s_weights_are_the_same_weights():
+    given = M3Weights(dense=np.float64(1), sparse=np.float64(0.3), multi_vector=np.int64(1))
+    assert repr(given) == repr(M3Weights())
+    embedder = M3Embedder("BAAI/bge-m3")
+    with pytest.raises(InputTypeError, match=r"The weight sparse must be a number"):
+        M3Reranker(embedder, weights={"sparse": True})
 
 
 def test_an_m3_reranker_is_made_of_an_m3_embedder():

@@ -1,6 +1,7 @@
 """Instructions in front of documents, and vectors that are cut: numbers as plain references'."""
 
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,28 @@ def test_an_instruction_counts_in_max_length_as_the_query_s_does(unknown_folder)
         Embedder(unknown_folder, document_instruction="passage " * 30, max_length=16) as embedder,
     ):
         embedder.embed_documents(["a"])
+
+
+@pytest.mark.parametrize("long_passages", ["truncate", "window"])
+@pytest.mark.parametrize(("words", "more"), [(30, True), (600, False)])
+async def test_no_more_tokens_are_asked_for_than_the_model_takes(
+    unknown_folder, call, long_passages, words, more
+):
+    given = {"document_instruction": "a " * words, "long_passages": long_passages}
+    with (
+        Embedder(unknown_folder, max_length=16, **given) as embedder,
+        pytest.raises(ArgumentError, match=r"a shorter (document_)?instruction\.$") as refused,
+    ):
+        await call(embedder, "embed_documents", ["b " * 20])
+    needed = re.findall(r"max_length=(\d+) or more", str(refused.value))
+    assert needed == ([str(words + 3)] if more else [])
+    if more:
+        with Embedder(
+            unknown_folder, max_length=words + 3, on_truncation="ignore", **given
+        ) as embedder:
+            assert (await call(embedder, "embed_documents", ["b " * 20])).shape == (1, 32)
+    else:
+        assert "No max_length that the model can take is enough" in str(refused.value)
 
 
 @pytest.mark.parametrize("wrong", [1, ["passage: "], "\ud800"])

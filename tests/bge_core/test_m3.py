@@ -202,7 +202,7 @@ def test_8192_tokens_are_read_by_default_and_what_is_longer_is_counted(m3_folder
     encoded = embedder.encode(["a " * 9000, "b"], dense=False, sparse=False, multi_vector=True)
     assert len(encoded.multi_vector[0]) == 8191
     (record,) = caplog.records
-    assert "1 of 2 texts are longer than max_length=8192" in record.getMessage()
+    assert "1 of 2 texts is longer than max_length=8192" in record.getMessage()
 
 
 @pytest.mark.parametrize("method", ["encode", "score"])

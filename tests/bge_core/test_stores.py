@@ -54,6 +54,9 @@ class TestSparsevec:
         assert sparsevec(dict.fromkeys(range(4), 1.0), heaviest=2) == "{1:1.0,2:1.0}/250002"
 
     def test_refusals(self):
+        for wrong in ({"heaviest": True}, {"dimensions": True}):
+            with pytest.raises(InputTypeError, match="must be a whole number"):
+                sparsevec({0: 1.0}, **wrong)
         with pytest.raises(ArgumentError, match="Token 10 is none of 10: pass the vocabulary"):
             sparsevec({10: 0.5}, dimensions=10)
         with pytest.raises(ArgumentError, match="holds 16,000 weights, got 16,001"):

@@ -22,7 +22,8 @@ def _logged(caplog):
 def said(caplog, what, places, longest, capacity, where="at"):
     (message,) = caplog.messages
     caplog.clear()
-    assert message.startswith(f"{what} are longer than max_length={LIMIT} tokens of ")
+    are = "is" if what.startswith("1 ") else "are"
+    assert message.startswith(f"{what} {are} longer than max_length={LIMIT} tokens of ")
     assert f"({where} index {places}; the longest has {longest})" in message
     assert f"raise max_length, of which the model takes {capacity}" in message
     return "long_passages='window'" in message

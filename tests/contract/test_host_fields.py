@@ -13,12 +13,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import SecretStr
 
 import langchain_bge
 import llamaindex_bge
-from bge_core import ArgumentError, BGEError, CheckpointError
+from bge_core import ArgumentError, BGEError, CheckpointError, InputTypeError
 
 ADAPTERS = {
     "BGECrossEncoder": (langchain_bge.BGECrossEncoder, "reranker_folder"),
@@ -80,6 +81,33 @@ def test_a_copy_for_another_model(kind: Any, folder: Path, copy_of: Any, name: s
 
 
 # What an argument is
+
+
+def test_a_whole_number_is_numpy_s_too_and_a_bool_is_none(kind: Any, folder: Path):
+    types = {name: str(field.annotation) for name, field in kind.model_fields.items()}
+    numbers = [name for name, of in types.items() if re.search(r"\b(int|float)\b", of)]
+    assert {"max_length", "batch_tokens"} <= set(numbers)
+    for name in numbers:
+        for wrong in (True, np.True_, "1"):
+            with pytest.raises(ArgumentError, match=rf"{name}: input should be a valid"):
+                kind(model=folder, **{name: wrong})
+        given = np.int64(1 if name == "compress_ratio" else 8)
+        value, said = None, ""
+        try:
+            value = getattr(kind(model=folder, **{name: given}), name)
+        except ArgumentError as refused:  # of another model, of a server, or out of reach
+            said = str(refused)
+        assert "input should be" not in said
+        assert said or (value, type(value)) == (given, float if "float" in types[name] else int)
+
+
+def test_a_model_in_place_of_its_name_is_answered_with_the_name(kind: Any, folder: Path):
+    for given in (kind(model=folder), kind(model=folder)._core):
+        with pytest.raises(InputTypeError, match=f"got {type(given).__name__}: pass") as refused:
+            kind(model=given)
+        assert repr(str(folder)) in str(refused.value)
+    with pytest.raises(InputTypeError, match=r"got int: pass an id such as 'BAAI/"):
+        kind(model=5)
 
 
 def test_help_has_a_sentence_for_every_argument(kind: Any):

@@ -1,5 +1,6 @@
 """A model that can't be found: one sentence in every class, and the cause in debug logs."""
 
+import io
 import logging
 import traceback
 from typing import Any
@@ -63,6 +64,32 @@ def test_of_the_classes_that_only_wait(caplog):
         reranker.postprocess_nodes(NODES, query_str="q")
     check(caught, caplog)
     caplog.clear()
+
+
+async def test_what_the_hub_s_client_tells_of_its_tries_is_in_the_debug_log(
+    monkeypatch, call, caplog
+):
+    import huggingface_hub
+
+    def broken(*_: object, local_files_only: bool, **__: object) -> None:
+        if not local_files_only:
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in %ss", 1)
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    printed = io.StringIO()
+    client, handler = logging.getLogger("huggingface_hub"), logging.StreamHandler(printed)
+    client.addHandler(handler)
+    try:
+        with pytest.raises(CheckpointError, match="Network is unreachable"):
+            await call(Embedder("acme/none"), "embed_documents", ["a"])
+        assert not printed.getvalue()
+        assert "huggingface_hub.utils._http: Retrying in 1s" in caplog.text
+        client.warning("outside of it")  # others may say what they like
+        assert printed.getvalue() == "outside of it\n"
+    finally:
+        client.removeHandler(handler)
 
 
 async def test_of_the_node_reranker_s_loop(caplog):

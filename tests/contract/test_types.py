@@ -33,6 +33,13 @@ def test_either_name_of_the_model():
     assert testing.FakeBGEReranker(model=RERANKER) == testing.FakeBGEReranker()
 
 
+def test_a_model_stands_first_where_that_of_the_class_before_did():
+    assert BGEEmbedding(EN, max_length=9) == BGEEmbedding(model_name=EN, max_length=9)
+    assert NodeReranker(RERANKER) == NodeReranker(model=RERANKER)
+    assert BGESparseEmbedding("BAAI/bge-m3") == BGESparseEmbedding(model="BAAI/bge-m3")
+    assert BGESparseEmbeddings("BAAI/bge-m3") == BGESparseEmbeddings(model="BAAI/bge-m3")
+
+
 def test_what_is_accepted_is_typed_as_accepted(en_folder: Path):
     served = BGEEmbeddings(model=EN, endpoint="http://localhost:1", api_key="secret", timeout=3)
     assert served.api_key is not None

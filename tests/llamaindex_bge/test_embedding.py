@@ -145,7 +145,7 @@ async def test_bad_input_is_a_sentence(en_folder: Path, call: Any):
 
 def test_arguments_are_keywords(en_folder: Path):
     with pytest.raises(TypeError):
-        BGEEmbedding(en_folder)
+        BGEEmbedding(en_folder, "cls")
     parameters = inspect.signature(BGEEmbedding).parameters
     assert {"model_name", "query_instruction", "device", "embeddings_cache"} <= parameters.keys()
     assert all(item.kind is item.KEYWORD_ONLY for item in parameters.values())

@@ -119,9 +119,11 @@ def test_nodes_without_text_are_noted_once(reranker_folder: Path, caplog: Any):
         BGEReranker(model=reranker_folder).postprocess_nodes(nodes[2:], query_str=QUERY)
         strict = BGEReranker(model=reranker_folder, score_threshold=0.0)
         strict.postprocess_nodes(nodes, query_str=QUERY)
+        strict.postprocess_nodes(nodes[1:], query_str=QUERY)
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 3 nodes have no text to score (images, or empty): they come last.",
         "2 of 3 nodes have no text to score (images, or empty): they can't reach score_threshold.",
+        "1 of 2 nodes has no text to score (images, or empty): it can't reach score_threshold.",
     ]
 
 
@@ -203,9 +205,14 @@ def test_refusals_are_sentences(reranker_folder: Path, arguments: dict[str, Any]
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_without_its_name_is_refused(reranker_folder: Path):
-    with pytest.raises(InputTypeError, match=r"keywords only: write BGEReranker\(model="):
-        BGEReranker(reranker_folder)
+def test_a_model_may_stand_first_and_nothing_else(reranker_folder: Path):
+    assert BGEReranker(reranker_folder, top_n=3).model == str(reranker_folder)
+    with pytest.raises(InputTypeError, match=r"but for its model: write BGEReranker\(model="):
+        BGEReranker(reranker_folder, 3)
+    with pytest.raises(InputTypeError, match=r"^model must be a hub id .* got int"):
+        BGEReranker(3)
+    with pytest.raises(ArgumentError, match="given twice"):
+        BGEReranker(reranker_folder, model_name=reranker_folder)
 
 
 def test_wrong_models_are_refused(en_folder: Path, two_label_folder: Path):

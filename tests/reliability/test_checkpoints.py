@@ -185,6 +185,7 @@ def test_no_network_is_a_sentence_and_nothing_is_left_in_the_cache(script, tmp_p
         env={"HF_HUB_OFFLINE": "0"},
     )
     assert done.returncode == 0, done.stderr
+    assert not done.stderr  # the sentence is all
     assert "model='BAAI/bge-reranker-base' can't be found" in done.stdout
     assert "check the network" in done.stdout.lower() or "the network" in done.stdout
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
