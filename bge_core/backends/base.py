@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
-from bge_core.backends.memory import is_out_of_memory
+from bge_core.backends.memory import Budget, is_out_of_memory, share_of_memory
 from bge_core.backends.packing import Pack
 
 if TYPE_CHECKING:
@@ -104,17 +104,18 @@ class TorchRunner(ABC):
 
     Args:
         device: Where the model is.
-        budget: Tokens a pack may have unless the user says otherwise.
+        budget: What a pack may have unless the user says otherwise.
         dtype: The model's number format, by name.
     """
 
     padded = False
 
-    def __init__(self, *, device: torch.device, budget: int, dtype: str = "float32") -> None:
+    def __init__(self, *, device: torch.device, budget: Budget, dtype: str = "float32") -> None:
         self._device = device
+        self._budget = budget
         # A CPU computes no float16, save in tests.
         self._half = dtype == "float16" and device.type in ("cuda", "cpu")
-        self.default_budget = budget
+        self.default_budget = budget.tokens
         self.overlaps = device.type == "cuda"
         if self.overlaps:
             # The workers have streams of their own, which don't wait for the weights. Waiting for
@@ -251,21 +252,23 @@ def identity(rows: Tensor) -> Tensor:
     return rows
 
 
-def default_budget(config: Any, device: torch.device, dtype: str, *, eager_length: int = 0) -> int:
-    """Compute the tokens that a batch may have on a device.
+def default_budget(
+    config: Any, device: torch.device, dtype: str, *, eager_length: int = 0
+) -> Budget:
+    """Compute what a batch may have on a device.
 
     Args:
         config: The sizes, by transformers' names.
-        device: The device.
+        device: The device, which has the model's weights.
         dtype: The number format.
         eager_length: Tokens of the longest sequence, where the model makes all scores of its
             attention before it uses them; 0 where it doesn't.
     """
     if device.type == "cpu":
         # A small working set: activations stay in the cache (docs/decisions/16).
-        return 2048
+        return Budget(2048)
     if device.type != "cuda":
-        return 8192
+        return Budget(8192)
     # Live at once in a layer: a few rows of hidden size and three of the feed-forward, which are
     # SwiGLU's gate, what it lets through, and what it is of.
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -273,10 +276,7 @@ def default_budget(config: Any, device: torch.device, dtype: str, *, eager_lengt
     if eager_length:
         # As many scores as tokens, before and after the softmax and in float32.
         wide += 4 * config.num_attention_heads * eager_length
-    size = getattr(torch, dtype).itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    # A quarter for each of the two priorities; the rest is other models'.
-    return int(min(max(free // 4 // (wide * size), 2048), 131_072))
+    return share_of_memory(device, wide * getattr(torch, dtype).itemsize)
 
 
 def begin_copy(rows: Tensor) -> Callable[[], NDArray[np.float32]]:

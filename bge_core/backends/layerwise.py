@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bge_core.backends.base import Fetch
+    from bge_core.backends.memory import Budget
     from bge_core.checkpoints.catalog import LayerHeads
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.layers import Depth
@@ -216,7 +217,7 @@ class LayerwiseRunner(TorchRunner):
         depth: Where passages are shortened.
         tail: Tokens behind a passage, which are never shortened.
         device: Where the decoder is.
-        budget: Tokens a pack may have unless the user says otherwise.
+        budget: What a pack may have unless the user says otherwise.
         dtype: The decoder's number format, by name.
     """
 
@@ -227,7 +228,7 @@ class LayerwiseRunner(TorchRunner):
         *,
         tail: int,
         device: torch.device,
-        budget: int,
+        budget: Budget,
         dtype: str = "float32",
     ) -> None:
         super().__init__(device=device, budget=budget, dtype=dtype)

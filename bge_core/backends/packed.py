@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from bge_core.backends.base import Encoder, Fetch, Head
+    from bge_core.backends.memory import Budget
     from bge_core.tokenizer import TokenSequence
 
 __all__ = ["Heads", "PackedRunner", "PooledHead"]
@@ -69,7 +70,7 @@ class PackedRunner(TorchRunner):
         heads: Make the outcome of them.
         device: Where the model is.
         position_offset: Where positions are counted from; None for 0 (see `Pack`).
-        budget: Tokens a pack may have unless the user says otherwise.
+        budget: What a pack may have unless the user says otherwise.
         dtype: The encoder's number format, by name.
     """
 
@@ -80,7 +81,7 @@ class PackedRunner(TorchRunner):
         *,
         device: torch.device,
         position_offset: int | None,
-        budget: int,
+        budget: Budget,
         dtype: str = "float32",
     ) -> None:
         super().__init__(device=device, budget=budget, dtype=dtype)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bge_core.backends.base import Fetch, Pool, Runner
+    from bge_core.backends.memory import Budget
     from bge_core.checkpoints.metadata import Checkpoint
     from bge_core.tokenizer import TokenSequence
 
@@ -51,7 +52,7 @@ class PaddedRunner(TorchRunner):
         types: Whether the model takes token types.
         pad: The padding token's id.
         device: Where the model is.
-        budget: Tokens a batch may have unless the user says otherwise.
+        budget: What a batch may have unless the user says otherwise.
         dtype: The model's number format, by name.
     """
 
@@ -65,7 +66,7 @@ class PaddedRunner(TorchRunner):
         types: bool,
         pad: int,
         device: torch.device,
-        budget: int,
+        budget: Budget,
         dtype: str = "float32",
     ) -> None:
         super().__init__(device=device, budget=budget, dtype=dtype)

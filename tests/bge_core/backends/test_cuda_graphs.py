@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bge_core.backends import packing
 from bge_core.backends.bert import load_bert
 from bge_core.backends.cuda_graphs import GraphedEncoder, StaticPack, room_for
+from bge_core.backends.memory import Budget
 from bge_core.backends.packing import Pack
 from bge_core.checkpoints.metadata import read
 from bge_core.checkpoints.source import Source
@@ -262,7 +263,11 @@ def test_only_the_queries_thread_of_a_device_has_graphs(encoders, monkeypatch):
 
     encoder, _ = encoders["bert"]
     runner = PackedRunner(
-        encoder, PooledHead("cls", lambda rows: rows), device=CPU, position_offset=None, budget=1024
+        encoder,
+        PooledHead("cls", lambda rows: rows),
+        device=CPU,
+        position_offset=None,
+        budget=Budget(1024),
     )
     monkeypatch.setattr(TorchRunner, "on_thread", lambda *_, **__: contextlib.nullcontext())
     for overlaps, urgent in ((False, True), (True, False), (True, True)):
