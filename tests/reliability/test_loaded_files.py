@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bge_core import Embedder, M3Embedder, Reranker
@@ -13,43 +15,42 @@ TEXTS = ["Paris is in France.", "A cat sat on the mat."]
 
 
 @pytest.mark.parametrize("how", ["overwritten", "cut"])
-@pytest.mark.parametrize(
-    ("model", "make"),
-    [
-        ("code_folder", Embedder),
-        ("gemma2_folder", Embedder),
-        ("en_folder", Embedder),
-        ("gemma_reranker_folder", Reranker),
-    ],
-)
-def test_a_loaded_model_is_not_changed_by_its_file(script, request, copy_of, model, make, how):
+def test_a_loaded_model_is_not_changed_by_its_file(script, request, copy_of, how):
     """In a process of its own, which a file that was cut would end."""
-    folder = copy_of(request.getfixturevalue(model))
+    models = {
+        "code_folder": Embedder,
+        "gemma2_folder": Embedder,
+        "en_folder": Embedder,
+        "gemma_reranker_folder": Reranker,
+    }
+    folders = {copy_of(request.getfixturevalue(name)): make for name, make in models.items()}
     done = script(
         """
+        import os
         import numpy as np
         from bge_core import Embedder, Reranker
-        model = (Embedder if MAKE == "Embedder" else Reranker)(FOLDER, device="cpu")
-        texts = ["Paris is in France.", "A cat sat on the mat."]
-        ask = model.embed_documents if MAKE == "Embedder" else lambda t: model.score("where?", t)
-        before = np.array(ask(texts))
-        path = FOLDER + "/model.safetensors"
-        size = __import__("os").path.getsize(path)
-        with open(path, "r+b") as file:
-            if HOW == "cut":
-                file.truncate(100)
-            else:
-                file.seek(size // 2)
-                file.write(b"\\x3c" * (size - size // 2))
-        assert np.array_equal(before, np.array(ask(texts)))
-        print("the same")
+        for name in FOLDERS.split(os.pathsep):
+            make, _, folder = name.partition(" ")
+            model = (Embedder if make == "Embedder" else Reranker)(folder, device="cpu")
+            texts = ["Paris is in France.", "A cat sat on the mat."]
+            ask = getattr(model, "embed_documents", lambda some: model.score("where?", some))
+            before = np.array(ask(texts))
+            path = folder + "/model.safetensors"
+            size = os.path.getsize(path)
+            with open(path, "r+b") as file:
+                if HOW == "cut":
+                    file.truncate(100)
+                else:
+                    file.seek(size // 2)
+                    file.write(b"\\x3c" * (size - size // 2))
+            assert np.array_equal(before, np.array(ask(texts))), folder
+            print(folder, "the same", flush=True)
         """,
-        FOLDER=folder,
-        MAKE=make.__name__,
+        FOLDERS=os.pathsep.join(f"{make.__name__} {folder}" for folder, make in folders.items()),
         HOW=how,
     )
-    assert done.returncode == 0, done.stderr
-    assert "the same" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [f"{folder} the same" for folder in folders]
 
 
 def test_a_head_that_is_replaced_later_is_not_put_on_the_old_encoder(m3_folder, copy_of):
