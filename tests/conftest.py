@@ -518,7 +518,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Give each core a worker; a file alone has one process, which need not import twice."""
     names = {name.partition("::")[0] for name in config.args}
     is_one_file = len(names) == 1 and names.pop().endswith(".py")
-    return 0 if is_one_file else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    return 0 if is_one_file or cores == 1 else cores
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -189,9 +189,11 @@ class Profile:
             raise ArgumentError(msg)
         arguments.one_of("kind", self.kind, get_args(Kind))
         self._check_texts()
-        arguments.whole_number("max_length", self.max_length)
+        length = arguments.whole_number("max_length", self.max_length)
+        object.__setattr__(self, "max_length", length)
         if self.dimension is not None:
-            arguments.whole_number("dimension", self.dimension, instead=" or None")
+            width = arguments.whole_number("dimension", self.dimension, instead=" or None")
+            object.__setattr__(self, "dimension", width)
         arguments.one_of("half", self.half, get_args(HalfDtype))
         if self.pooling is not None:
             arguments.one_of("pooling", self.pooling, get_args(Pooling), instead=", or None")

@@ -153,8 +153,8 @@ class _Worker:
 def _pool(step: Step, actors: int | None, cpus: int, *, limit: int | None = None) -> dict[str, Any]:
     """Return what map_batches needs for a pool of engines, at most `limit` of them."""
     if actors is not None:
-        arguments.whole_number("actors", actors)
-    arguments.whole_number("cpus", cpus)
+        actors = arguments.whole_number("actors", actors)
+    cpus = arguments.whole_number("cpus", cpus)
     devices = step.devices
     kind, _, index = (devices[0] if devices else "").partition(":")
     if len(devices) > 1 or index not in ("", "0"):

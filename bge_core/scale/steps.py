@@ -66,7 +66,8 @@ class Embed:
             msg = f"role={self.role!r} is none: write 'document' or 'query'."
             raise ArgumentError(msg)
         _check_names(text_column=self.text_column, vector_column=self.vector_column)
-        arguments.whole_number("batch_size", self.batch_size)
+        size = arguments.whole_number("batch_size", self.batch_size)
+        object.__setattr__(self, "batch_size", size)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -155,7 +156,8 @@ class Rerank:
             order_column=self.order_column,
             scores_column=self.scores_column,
         )
-        arguments.whole_number("batch_size", self.batch_size)
+        size = arguments.whole_number("batch_size", self.batch_size)
+        object.__setattr__(self, "batch_size", size)
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -124,6 +124,8 @@ def test_it_is_listed_among_the_supported_models():
 def test_the_same_row_again_is_no_error_and_another_one_is():
     register(row())
     register(row())
+    register(row(max_length=np.int64(64)))  # and another type is the same number
+    assert repr(row(max_length=np.int64(64))) == repr(row())
     with pytest.raises(ArgumentError, match=r"'acme/search' is registered with other values"):
         register(row(max_length=128))
     with pytest.raises(ArgumentError, match=r"'acme/search' is registered"):
