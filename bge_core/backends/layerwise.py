@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bge_core.backends.base import Fetch
+    from bge_core.backends.loading import Originals
     from bge_core.backends.memory import Budget
     from bge_core.checkpoints.catalog import LayerHeads
     from bge_core.checkpoints.metadata import Checkpoint
@@ -280,6 +281,7 @@ def load_layerwise_runner(
     tail: int,
     dtype: str,
     device: torch.device,
+    originals: Originals | None = None,
 ) -> LayerwiseRunner:
     """Load the layers below the cutoff onto a device.
 
@@ -290,6 +292,7 @@ def load_layerwise_runner(
         tail: Tokens behind a passage, which are never shortened.
         dtype: The number format of the weights.
         device: Where they go.
+        originals: What was loaded for the devices before this one; None for nothing.
 
     Raises:
         CheckpointError: Weights are missing, damaged or of another shape, or config.json
@@ -297,15 +300,20 @@ def load_layerwise_runner(
         ComputationError: They don't fit on the device.
     """
     shape = _shape(checkpoint, heads, depth)
-    with torch.device("meta"):
-        decoder = _Decoder(shape)
-    named = {f"model.{ours}": ours for ours in decoder.state_dict() if ours != "head.weight"}
-    named[f"lm_head.{shape.head}.linear_head.weight"] = "head.weight"
-    shapes = {name: decoder.get_parameter(ours).shape for name, ours in named.items()}
-    read = load_tensors(checkpoint, shapes, dtype=getattr(torch, dtype), device=device)
-    decoder.load_state_dict({named[name]: tensor for name, tensor in read.items()}, assign=True)
+
+    def load() -> _Decoder:
+        with torch.device("meta"):
+            decoder = _Decoder(shape)
+        named = {f"model.{ours}": ours for ours in decoder.state_dict() if ours != "head.weight"}
+        named[f"lm_head.{shape.head}.linear_head.weight"] = "head.weight"
+        shapes = {name: decoder.get_parameter(ours).shape for name, ours in named.items()}
+        read = load_tensors(checkpoint, shapes, dtype=getattr(torch, dtype), device=device)
+        decoder.load_state_dict({named[name]: tensor for name, tensor in read.items()}, assign=True)
+        return decoder.eval().requires_grad_(requires_grad=False)
+
+    decoder = None if originals is None else originals.on("decoder", device, load)
     return LayerwiseRunner(
-        decoder.eval().requires_grad_(requires_grad=False),
+        load() if decoder is None else decoder,
         depth,
         tail=tail,
         device=device,

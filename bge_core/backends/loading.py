@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from zipfile import is_zipfile
 
 import numpy as np
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
     from bge_core.checkpoints.metadata import Checkpoint, Kind
 
 __all__ = [
+    "Originals",
     "check_computes",
     "check_numbers",
     "checked_weight_files",
+    "copied_to",
     "copy_weights",
     "load_head",
     "load_model",
@@ -43,6 +47,10 @@ __all__ = [
     "no_progress_bars",
     "out_of_memory_error",
 ]
+
+logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound="torch.nn.Module")
 
 # Those whose fast versions in transformers 4 went by tokenizer_config.json.
 _MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
@@ -192,6 +200,61 @@ def copy_weights(model: torch.nn.Module) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def copied_to(module: Module, device: torch.device) -> Module:
+    """Copy a module onto another device, without a further copy where it is."""
+    import torch
+
+    copies: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        copied = tensor.detach().to(device, copy=True)
+        if isinstance(tensor, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
+        copies[id(tensor)] = copied
+    # With these in place of what it would copy itself; a tensor that is used twice stays one.
+    return copy.deepcopy(module, copies)
+
+
+class Originals:
+    """What was loaded of a checkpoint for the first of its devices: the others get copies.
+
+    Args:
+        name: The checkpoint's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._modules: dict[str, Any] = {}
+
+    def on(
+        self, what: str, device: torch.device, load: Callable[[], Module | None]
+    ) -> Module | None:
+        """Return a module on a device, from the files the first time.
+
+        Args:
+            what: Which module it is.
+            device: Where it is to be.
+            load: Loads it, onto the device or, if the module is changed afterwards, elsewhere.
+
+        Raises:
+            ComputationError: A copy doesn't fit on the device.
+        """
+        if what not in self._modules:
+            self._modules[what] = load()
+        original: Module | None = self._modules[what]
+        if original is None or next(original.parameters()).device == device:
+            return original
+        from bge_core.backends.memory import is_out_of_memory
+
+        try:
+            return copied_to(original, device)
+        except Exception as exc:
+            if is_out_of_memory(exc):
+                raise out_of_memory_error(self._name, device) from exc
+            # A model's own code may hold what Python can't copy.
+            logger.debug("%r is loaded again for %s: %s", self._name, device, exc)
+            return load()
 
 
 def _check_size(checkpoint: Checkpoint, weights: list[Path]) -> None:

@@ -11,7 +11,12 @@ import torch
 from bge_core.backends.base import POOLS, default_budget, identity, pooled, takes_types
 from bge_core.backends.bert import FAMILIES, load_bert
 from bge_core.backends.int8 import int8_works, quantize_linear_weights
-from bge_core.backends.loading import check_computes, load_model, out_of_memory_error
+from bge_core.backends.loading import (
+    Originals,
+    check_computes,
+    load_model,
+    out_of_memory_error,
+)
 from bge_core.backends.m3_heads import M3Heads
 from bge_core.backends.memory import is_out_of_memory
 from bge_core.backends.onednn import prepack_linear_weights
@@ -23,8 +28,10 @@ from bge_core.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from bge_core.backends.base import Encoder, Head, Runner
+    from bge_core.backends.bert import Bert
     from bge_core.backends.packed import Heads
     from bge_core.backends.runner_options import RunnerOptions
     from bge_core.checkpoints.metadata import Checkpoint
@@ -34,13 +41,21 @@ __all__ = ["load_runner"]
 logger = logging.getLogger(__name__)
 
 
-def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) -> Runner:
+def load_runner(
+    checkpoint: Checkpoint,
+    options: RunnerOptions,
+    *,
+    device: str,
+    originals: Originals | None = None,
+) -> Runner:
     """Load a checkpoint's weights onto a device, ready to execute packs.
 
     Args:
         checkpoint: What the checkpoint says of itself.
         options: How it is to be run.
         device: A device that this machine has.
+        originals: What was loaded for the GPUs before this one; None where the model is changed
+            afterwards, as on a CPU, or there is one device.
 
     Raises:
         ArgumentError: int8 on a processor, or a torch, that lacks what computes it.
@@ -65,10 +80,15 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
             tail=options.tail,
             dtype=dtype,
             device=place,
+            originals=originals,
         )
     if kind == "embedder" and (not checkpoint.only_standard_modules or pooling not in POOLS):
         return load_sentence_transformers(checkpoint, place, dtype, trust)
-    bert = load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
+
+    def own() -> Bert | None:
+        return load_bert(checkpoint, kind=kind, dtype=getattr(torch, dtype), device=place)
+
+    bert = own() if originals is None else originals.on("bert", place, own)
     if bert is not None:
         # Ours alone: other models' code may look at the weights of a layer itself.
         if int8:
@@ -80,9 +100,14 @@ def load_runner(checkpoint: Checkpoint, options: RunnerOptions, *, device: str) 
     from bge_core.backends.stock import classifier_head, transformers_encoder
 
     copied = place.type == "cpu"
-    model: Any = load_model(
-        checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust, copied=copied
-    )
+
+    def stock_model() -> PreTrainedModel:
+        return load_model(
+            checkpoint, kind=kind, dtype=dtype, trust_remote_code=trust, copied=copied
+        )
+
+    # Of several GPUs none gets the one that was read: it is changed below.
+    model: Any = stock_model() if originals is None else originals.on("model", place, stock_model)
     if int8:
         raise _no_int8(checkpoint)
     try:

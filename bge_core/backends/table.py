@@ -58,9 +58,22 @@ class Backend:
 def _load_torch(
     checkpoint: Checkpoint, options: RunnerOptions, devices: Sequence[str]
 ) -> list[Runner]:
+    from bge_core.backends.loading import Originals
     from bge_core.backends.select import load_runner
 
-    return [load_runner(checkpoint, options, device=device) for device in devices]
+    # Several workers of one CPU compute with one model; GPUs get copies of what was read once.
+    shared: dict[str, Runner] = {}
+    originals = Originals(checkpoint.name) if len(devices) > 1 else None
+    runners = []
+    for device in devices:
+        kind = device.partition(":")[0]
+        if kind == "cpu":
+            if kind not in shared:
+                shared[kind] = load_runner(checkpoint, options, device=device)
+            runners.append(shared[kind])
+        else:
+            runners.append(load_runner(checkpoint, options, device=device, originals=originals))
+    return runners
 
 
 def _load_openvino(

@@ -431,6 +431,26 @@ def test_sparse_and_dense_outputs_of_bge_m3_come_of_graphs(m3_folder):
         assert graphs_of(here).replays == 2
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a machine with one GPU")
+@pytest.mark.parametrize("name", ["en_folder", "m3_folder", "reasoner_folder"])
+def test_every_gpu_has_the_weights_that_were_read_once(name, request):
+    devices = ["cuda:0", "cuda:1"]
+    given = sequences_of((3, 9, 40), 0)
+    with Embedder(request.getfixturevalue(name), device=devices, dtype="float32") as embedder:
+        runners = []
+        for runner in embedder.local.loaded().runners["background"]:
+            assert isinstance(runner, PackedRunner)
+            runners.append(runner)
+        assert [str(runner._device) for runner in runners] == devices
+        first, second = (runner.run(given) for runner in runners)
+        np.testing.assert_allclose(second, first, atol=1e-5)
+        for runner in runners:  # whichever device is the current one
+            with runner.on_thread(urgent=True):
+                for _ in range(4):
+                    np.testing.assert_allclose(runner.run(given), first, atol=1e-4)
+                assert runner._graphed is None or runner._graphed.replays == 2
+
+
 def test_a_capture_that_fails_is_nobody_s_error_and_the_next_model_captures(
     en_folder, m3_folder, monkeypatch
 ):
