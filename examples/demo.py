@@ -4,9 +4,10 @@ The corpus is split with each framework's own splitter and stored in Qdrant, emb
 question is answered by the embedder's first 20 passages, then by the same in a cross-encoder's
 order, side by side. The second run finds the index and the measurements of the first.
 
-The stand-in's reranker is a small one, trained on sentences of an encyclopaedia, of which it has
-seen none of these. The first two questions are some that it helps with; the figures at the end are
-of all 330, where it wins little. On the Python reference, --docs python, it loses a little.
+The stand-in's reranker is a small one, trained on questions about an encyclopaedia and about
+software, but on none of these texts. The three questions are some that it helps with. The figures
+at the end are of all 330: it lifts the answer of 60 of them and sinks that of 46, 1.7 points
+of nDCG@10 in all. On the Python reference, --docs python, it wins as much.
 
 With a model hub at hand:
     make demo MODELS=bge
@@ -42,8 +43,8 @@ ENCYCLOPAEDIA, PYTHON = "encyclopaedia", "python"
 QUESTIONS = {
     ENCYCLOPAEDIA: (
         "when was coffee first made into a drink",
-        "where does puerto rico's power come from",
-        "where are red blood cells made in adults",
+        "where does the red wolf live in the world",
+        "what inspired huxley to write brave new world",
     ),
     PYTHON: (
         "How do I run cleanup code even when my function raises?",

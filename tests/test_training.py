@@ -67,7 +67,7 @@ def test_the_trained_encoder_is_bert_with_peft_s_adapter(tmp_path):
     other.save(tmp_path, other.trained, ADAPTER / "adapter_config.json")
     again = LowRankCrossEncoder(trunk, rank=4, adapter=tmp_path, device="cpu")
     loaded = PeftModel.from_pretrained(base, tmp_path, adapter_name="other")
-    assert loaded.peft_config["other"].r == 4
+    assert loaded.peft_config["other"].to_dict()["r"] == 4
     for name, value in other.trained.items():
         torch.testing.assert_close(again.trained[name], value, atol=1e-3, rtol=1e-3)
 

@@ -152,7 +152,7 @@ def chunks(generator: random.Random, count: int = 6000) -> list[Example]:
     """
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     files += sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/[a-z_]*.py"))
-    found = []
+    found: list[tuple[str, str]] = []
     for file in files:
         if {"pydoc_data", "idlelib", "site-packages", "test"} & set(file.parts):
             continue
