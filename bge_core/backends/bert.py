@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +93,16 @@ class _Layer(torch.nn.Module):
         return keys, values
 
     def _after(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        rows = self.attention_output_norm(self.attention_output(attended.flatten(1)) + hidden)
-        out: Tensor = self.output_norm(self.output(self.intermediate(rows)) + rows)
+        rows = self.attention_output_norm(_plus(self.attention_output, attended.flatten(1), hidden))
+        out: Tensor = self.output_norm(_plus(self.output, self.intermediate(rows), rows))
         return out
+
+
+def _plus(linear: Any, rows: Tensor, others: Tensor) -> Tensor:
+    """Add other rows to what a linear layer makes: ours do both in one pass."""
+    plain = isinstance(linear, torch.nn.Linear)
+    out: Tensor = linear(rows) + others if plain else linear.plus(rows, others)
+    return out
 
 
 class Bert(torch.nn.Module):
@@ -108,6 +115,8 @@ class Bert(torch.nn.Module):
 
     bucketed = False  # unless its layers are laid out for oneDNN
     capturable = True
+    one_text: Callable[[Tensor, int], Tensor] | None = None
+    """Computes all layers but the last of a pack of one text; None for as of any other."""
 
     def __init__(self, shape: _Shape, *, head: bool) -> None:
         super().__init__()
@@ -132,19 +141,22 @@ class Bert(torch.nn.Module):
 
     def hidden_states(self, pack: Pack) -> Tensor:
         """Compute the last layer's row of every token, [rows, hidden]."""
-        hidden = self._embedded(pack)
-        for layer in self.layers:
-            hidden = layer(hidden, pack)
-        return hidden
+        rows: Tensor = self.layers[-1](self._before_last(pack), pack)
+        return rows
 
     def first_token_states(self, pack: Pack) -> Tensor:
         """Compute the last layer's row of each sequence's first token, [n, hidden]."""
-        hidden = self._embedded(pack)
-        layers: list[Any] = list(self.layers)
-        for layer in layers[:-1]:
-            hidden = layer(hidden, pack)
-        rows: Tensor = layers[-1].first_token_states(hidden, pack)
+        last: Any = self.layers[-1]
+        rows: Tensor = last.first_token_states(self._before_last(pack), pack)
         return rows
+
+    def _before_last(self, pack: Pack) -> Tensor:
+        hidden = self._embedded(pack)
+        if self.one_text is not None and len(pack.sequences) == 1:
+            return self.one_text(hidden, pack.tokens)
+        for layer in list(self.layers)[:-1]:
+            hidden = layer(hidden, pack)
+        return hidden
 
     def _embedded(self, pack: Pack) -> Tensor:
         inputs = {name: tensor[0] for name, tensor in pack.inputs().items()}

@@ -39,7 +39,7 @@ class Int8Linear(torch.nn.Module):
         super().__init__()
         ops: Any = torch.ops.quantized
         # Takes float32 rows, a scale and a zero point; gives float32.
-        self._compute = ops.linear_with_input_q_dq_qweight_dq_output_fp32
+        self._compute = ops.linear_with_input_q_dq_qweight_dq_output_fp32.default
         self._bias = linear.bias.detach().clone()
         self._packed = _pack(linear.weight.detach())
         # A row's bytes are 0 to 255: its largest number is 255, and 0 is the zero point.
@@ -50,9 +50,16 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute [rows, in] -> [rows, out], float32."""
+        return self._multiplied(rows)
+
+    def plus(self, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Compute as `forward`, and add others of the outcome's shape."""
+        return self._multiplied(rows).add_(others)
+
+    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
         largest = (rows if self._after_gelu else rows.abs()).amax(-1, keepdim=True)
         largest = largest.clamp_min_(self._least)
-        out = self._compute(rows / largest, self._step, self._zero, self._packed)
+        out: torch.Tensor = self._compute(rows / largest, self._step, self._zero, self._packed)
         return torch.addcmul(self._bias, out, largest, out=out)
 
 

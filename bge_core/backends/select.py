@@ -19,6 +19,7 @@ from bge_core.backends.loading import (
 )
 from bge_core.backends.m3_heads import M3Heads
 from bge_core.backends.memory import is_out_of_memory
+from bge_core.backends.one_text import OneText
 from bge_core.backends.onednn import prepack_linear_weights
 from bge_core.backends.output_cache import OutputCache
 from bge_core.backends.packed import PackedRunner, PooledHead
@@ -95,6 +96,8 @@ def load_runner(
             quantize_linear_weights(bert)
         elif place.type == "cpu" and dtype == "float32":
             bert.bucketed = prepack_linear_weights(bert)
+        if int8 or bert.bucketed:
+            bert.one_text = OneText(bert)
         heads = _heads(checkpoint, options, pooling, bert.head, place)
         return _packed(bert, heads, checkpoint, bert.shape, options, place)
     from bge_core.backends.stock import classifier_head, transformers_encoder

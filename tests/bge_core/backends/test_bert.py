@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from bge_core import Embedder, Reranker
 from bge_core.backends.bert import load_bert
+from bge_core.backends.runner_options import RunnerOptions
+from bge_core.backends.select import load_runner
 from bge_core.checkpoints.metadata import read
 from bge_core.checkpoints.source import Source
+from bge_core.tokenizer import TokenSequence
 
 CPU = torch.device("cpu")
 
@@ -41,6 +44,25 @@ def test_published_encoders_need_no_modelling_code(name, request):
 @pytest.mark.parametrize("name", ["reranker_folder", "bert_reranker_folder"])
 def test_so_do_rerankers(name, request):
     assert loaded(request.getfixturevalue(name), kind="reranker") is not None
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 17, 27])
+@pytest.mark.parametrize("name", ["en_folder", "m3_folder"])
+def test_one_text_alone_has_the_rows_of_transformers(name, tokens, request):
+    from transformers import AutoModel
+
+    folder = request.getfixturevalue(name)
+    runner = load_runner(
+        read(Source.of(folder), folder), RunnerOptions(kind="embedder"), device="cpu"
+    )
+    ids = np.arange(7, 7 + tokens, dtype=np.int32)
+    pack = runner._pack([TokenSequence(ids, tokens)])
+    with torch.inference_mode():
+        ours = runner._encoder.hidden_states(pack)[:tokens]
+        first = runner._encoder.first_token_states(pack)[:1]
+        theirs = AutoModel.from_pretrained(folder)(torch.from_numpy(ids).long()[None])[0][0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(first, theirs[:1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
