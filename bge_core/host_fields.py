@@ -101,7 +101,10 @@ def _whole(value: object) -> int:
 def _real(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise PydanticKnownError("float_type")  # noqa: EM101
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise PydanticKnownError("finite_number") from None  # noqa: EM101
 
 
 # What type checkers let through is what the constructor takes; what a field then holds is narrower.
@@ -205,16 +208,14 @@ class LocalModelFields(BaseModel, ContextManaged):
         _core: Any = PrivateAttr()
     else:  # type checkers know the arguments from the fields
 
-        def __new__(cls, *given: Any, **_: Any) -> Self:
-            """Refuse what was given without its name, but for a model where it may be."""
-            if given[int(cls._takes_bare_model) :]:
-                raise positional_error(cls.__name__, given, first=cls._model_field)
-            return super().__new__(cls)
-
         def __init__(self, *given: Any, **arguments: Any) -> None:
             # What pydantic's validators raise it wraps in a report of several lines. What is
             # raised around it reaches the user as it is: one sentence, and a BGEError.
             owner = type(self)
+            if given[int(owner._takes_bare_model) :]:
+                raise positional_error(
+                    owner.__name__, given, first=owner._model_field, bare=owner._takes_bare_model
+                )
             known = {*owner.model_fields, "model", "model_name"}
             arguments = check_argument_names(
                 owner.__name__, arguments, known=known, renamed=owner._renamed_arguments
@@ -672,16 +673,19 @@ def check_argument_names(
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def positional_error(owner: str, given: Sequence[object], *, first: str) -> InputTypeError:
+def positional_error(
+    owner: str, given: Sequence[object], *, first: str, bare: bool
+) -> InputTypeError:
     """Return the error about what was given without a name.
 
     Args:
         owner: The class's name.
         given: What was given.
         first: The argument that was most likely meant by the first.
+        bare: Whether that one needs no name.
     """
     return InputTypeError(
-        f"{owner} takes keywords only{', but for its model' if given[1:] else ''}: write "
+        f"{owner} takes keywords only{', but for its model' if bare else ''}: write "
         f"{owner}({first}={shown(given[0])}, ...)."
     )
 
@@ -697,7 +701,11 @@ def validation_error(owner: str, report: Iterable[Mapping[str, Any]]) -> Argumen
     for item in report:
         name = ".".join(dict.fromkeys(str(part) for part in item["loc"][:1]))
         if item["type"] == "missing":
-            said.append(f"{name} is missing: pass {name}={_published(owner)!r} or another")
+            # A subclass's own field is no model.
+            model = (
+                f"{_published(owner)!r} or another" if name in ("model", "model_name") else "..."
+            )
+            said.append(f"{name} is missing: pass {name}={model}")
             continue
         hidden = name in _SECRET or item["type"] == "no_such_attribute"
         given = "" if hidden else f", got {shown(item['input'])}"

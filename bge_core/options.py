@@ -276,7 +276,8 @@ def with_options_of(*sources: Callable[..., object]) -> Callable[[Function], Fun
             try:
                 signature.bind(*given, **options)
             except TypeError as exc:
-                msg = f"{called.__name__}() {exc}."
+                verb = "" if str(exc).startswith("missing") else "got "
+                msg = f"{called.__name__}() {verb}{exc}."
                 raise TypeError(msg) from None
             return function(*given, **options)
 

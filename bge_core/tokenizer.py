@@ -484,7 +484,7 @@ def report_truncation(
         remedies.append("pass long_passages='window', which reads them to their end")
     if policy == "error":
         remedies.append("pass on_truncation='warn'")
-    remedy = " or ".join([", ".join(remedies[:-1]), remedies[-1]] if remedies[1:] else remedies)
+    remedy = ", or ".join([", ".join(remedies[:-1]), remedies[-1]] if remedies[1:] else remedies)
     if policy == "error":
         msg = f"{said}, and on_truncation='error' was asked for: {remedy}."
         raise TruncationError(msg)

@@ -26,6 +26,7 @@ def said(caplog, what, places, longest, capacity, where="at"):
     assert message.startswith(f"{what} {are} longer than max_length={LIMIT} tokens of ")
     assert f"({where} index {places}; the longest has {longest})" in message
     assert f"raise max_length, of which the model takes {capacity}" in message
+    assert ", or " in message.partition("not read.")[2]
     return "long_passages='window'" in message
 
 

@@ -80,6 +80,36 @@ def test_a_copy_for_another_model(kind: Any, folder: Path, copy_of: Any, name: s
     assert (changed.model, changed.max_length) == (str(other), 16)
 
 
+# A subclass
+
+
+def test_a_subclass_takes_what_it_likes(kind: Any, folder: Path):
+    class Own(kind):  # type: ignore[misc]
+        colour: str
+
+        def __init__(self, place: Path, colour: str, **arguments: Any) -> None:
+            super().__init__(model=place, colour=colour, **arguments)
+
+    own = Own(folder, "red", max_length=16)
+    assert (own.model, own.colour, own.max_length) == (str(folder), "red", 16)
+
+
+def test_a_subclass_s_own_field_is_missing_under_its_own_name(kind: Any, folder: Path):
+    class Own(kind):  # type: ignore[misc]
+        colour: str
+
+    with pytest.raises(ArgumentError, match=r"colour is missing: pass colour=\.\.\.\.$"):
+        Own(model=folder)
+    assert Own(model=folder, colour="red").model_copy().colour == "red"
+
+
+def test_what_has_no_name_is_asked_for_by_its_name(kind: Any, folder: Path):
+    first = kind is langchain_bge.BGESparseEmbeddings or kind in vars(llamaindex_bge).values()
+    with pytest.raises(InputTypeError, match=r"takes keywords only") as refused:
+        kind(str(folder), 512)
+    assert ("but for its model" in str(refused.value)) is first
+
+
 # What an argument is
 
 
@@ -99,6 +129,9 @@ def test_a_whole_number_is_numpy_s_too_and_a_bool_is_none(kind: Any, folder: Pat
             said = str(refused)
         assert "input should be" not in said
         assert said or (value, type(value)) == (given, float if "float" in types[name] else int)
+        if "float" in types[name]:
+            with pytest.raises(ArgumentError, match=rf"{name}: input should be a finite number"):
+                kind(model=folder, **{name: 10**400})
 
 
 def test_a_model_in_place_of_its_name_is_answered_with_the_name(kind: Any, folder: Path):
