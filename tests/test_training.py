@@ -70,6 +70,8 @@ def test_the_trained_encoder_is_bert_with_peft_s_adapter(tmp_path):
     assert loaded.peft_config["other"].to_dict()["r"] == 4
     for name, value in other.trained.items():
         torch.testing.assert_close(again.trained[name], value, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=rf"is of rank {rank}, not 4: pass --rank {rank}\.$"):
+        other.load(ADAPTER)
 
 
 def test_the_loss_is_least_where_the_scores_are_the_lifted_similarities():

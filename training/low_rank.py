@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +135,24 @@ class LowRankCrossEncoder:
         Args:
             adapter: Its folder.
         """
+        self.take(load_file(adapter / "adapter_model.safetensors"), adapter)
+
+    def take(self, values: Mapping[str, Tensor], source: Path) -> None:
+        """Take values.
+
+        Args:
+            values: By their names in an adapter's file.
+            source: Where they are from.
+
+        Raises:
+            ValueError: They are of another rank.
+        """
+        rank = next(len(value) for name, value in values.items() if "lora_A" in name)
+        if rank != self._rank:
+            msg = f"{source} is of rank {rank}, not {self._rank}: pass --rank {rank}."
+            raise ValueError(msg)
         with torch.no_grad():
-            for name, value in load_file(adapter / "adapter_model.safetensors").items():
+            for name, value in values.items():
                 self.trained[name].copy_(value)
 
     def save(self, folder: Path, values: dict[str, Tensor], config: Path) -> None:

@@ -170,13 +170,11 @@ class Training:
         self.step = 0
         self._started_at = 0
         if self._state.exists():
-            state = torch.load(self._state)
+            state = torch.load(self._state, map_location=self.model.device)
+            self.model.take(state["weights"], self._state)
             self.step = self._started_at = state["step"]
             self._optimizer.load_state_dict(state["optimizer"])
             self.average = state["average"]
-            with torch.no_grad():
-                for name, weight in self.model.trained.items():
-                    weight.copy_(state["weights"][name])
             LOG.info("going on at step %d", self.step)
 
     @property
