@@ -250,7 +250,8 @@ class LocalModelFields(BaseModel, ContextManaged):
         """Describe the constructor for `help()`: a short signature, a sentence an argument."""
         super().__pydantic_init_subclass__(**options)
         if cls._model_field in cls.model_fields:
-            cls.__signature__ = _signature(cls)
+            if cls.__init__ is LocalModelFields.__init__:  # a subclass's own has its own arguments
+                cls.__signature__ = _signature(cls)
             own = inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__)
             text, raises, rest = own.partition("Raises:\n")
             cls.__doc__ = f"{text.rstrip()}\n\n{_arguments_section(cls)}\n\n{raises}{rest}"
@@ -585,11 +586,14 @@ def _secret_value(value: Any) -> Any:
 
 def _signature(owner: type[LocalModelFields]) -> inspect.Signature:
     """Return the constructor's arguments, with types in plain words, as `help()` shows them."""
+    bare = owner._model_field if owner._takes_bare_model else None
     return inspect.Signature(
         [
             inspect.Parameter(
                 name,
-                inspect.Parameter.KEYWORD_ONLY,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if name == bare
+                else inspect.Parameter.KEYWORD_ONLY,
                 default=_default_text(field),
                 annotation=_Text(_type_text(field.annotation)),
             )

@@ -44,6 +44,11 @@ def folder(request: pytest.FixtureRequest, kind: Any) -> Path:
     return found
 
 
+def takes_bare(kind: Any) -> bool:
+    """Return whether a class takes its model without a name, as the one that it replaces does."""
+    return kind is langchain_bge.BGESparseEmbeddings or kind in vars(llamaindex_bge).values()
+
+
 # The model's two names
 
 
@@ -92,6 +97,7 @@ def test_a_subclass_takes_what_it_likes(kind: Any, folder: Path):
 
     own = Own(folder, "red", max_length=16)
     assert (own.model, own.colour, own.max_length) == (str(folder), "red", 16)
+    assert list(inspect.signature(Own).parameters)[:2] == ["place", "colour"]
 
 
 def test_a_subclass_s_own_field_is_missing_under_its_own_name(kind: Any, folder: Path):
@@ -104,10 +110,11 @@ def test_a_subclass_s_own_field_is_missing_under_its_own_name(kind: Any, folder:
 
 
 def test_what_has_no_name_is_asked_for_by_its_name(kind: Any, folder: Path):
-    first = kind is langchain_bge.BGESparseEmbeddings or kind in vars(llamaindex_bge).values()
     with pytest.raises(InputTypeError, match=r"takes keywords only") as refused:
         kind(str(folder), 512)
-    assert ("but for its model" in str(refused.value)) is first
+    assert ("but for its model" in str(refused.value)) is takes_bare(kind)
+    if takes_bare(kind):
+        assert kind(str(folder)) == kind(model=folder)
 
 
 # What an argument is
@@ -147,7 +154,9 @@ def test_help_has_a_sentence_for_every_argument(kind: Any):
     parameters = inspect.signature(kind).parameters
     assert parameters.keys() == kind.model_fields.keys()
     assert next(iter(parameters)) == kind._model_field
-    assert all(item.kind is item.KEYWORD_ONLY for item in parameters.values())
+    model, *others = parameters.values()
+    assert model.kind is (model.POSITIONAL_OR_KEYWORD if takes_bare(kind) else model.KEYWORD_ONLY)
+    assert all(item.kind is item.KEYWORD_ONLY for item in others)
     assert parameters["max_length"].default is None
     shown = pydoc.plain(pydoc.render_doc(kind))
     assert "use_fp16: bool | None = None" in shown
