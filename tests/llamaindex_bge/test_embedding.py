@@ -143,12 +143,14 @@ async def test_bad_input_is_a_sentence(en_folder: Path, call: Any):
 # Arguments
 
 
-def test_arguments_are_keywords(en_folder: Path):
+def test_arguments_are_keywords_but_for_the_model(en_folder: Path):
     with pytest.raises(TypeError):
         BGEEmbedding(en_folder, "cls")
     parameters = inspect.signature(BGEEmbedding).parameters
     assert {"model_name", "query_instruction", "device", "embeddings_cache"} <= parameters.keys()
-    assert all(item.kind is item.KEYWORD_ONLY for item in parameters.values())
+    model, *others = parameters.values()
+    assert (model.name, model.kind) == ("model_name", model.POSITIONAL_OR_KEYWORD)
+    assert all(item.kind is item.KEYWORD_ONLY for item in others)
 
 
 @pytest.mark.parametrize(
