@@ -8,7 +8,7 @@ OLD_WARNINGS := -W ignore::DeprecationWarning:torch.jit._script \
 	-W ignore::DeprecationWarning:llama_index.vector_stores.qdrant.base \
 	-W ignore::pytest.PytestUnraisableExceptionWarning
 # A file's tests stay together, for what they share; the files in the order of tests/conftest.py.
-ON_ALL_CORES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+ON_ALL_CORES := -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 2 --no-loadscope-reorder
 CODE := bge_core langchain_bge llamaindex_bge tests examples benchmarks training docs
 
 # What `make evaluate` measures without ARGS.

@@ -101,7 +101,11 @@ class Tokens:
 
 
 class Steps(IterableDataset[Step]):
-    """Draws the lists of one step after another, for ever."""
+    """Draws the lists of one step after another, for ever.
+
+    Attributes:
+        drawn: Steps that were drawn in earlier runs.
+    """
 
     def __init__(
         self,
@@ -120,18 +124,19 @@ class Steps(IterableDataset[Step]):
         """
         self._tokens = tokens
         self._options = options
+        self.drawn = 0
         self._lists = Lists(
             examples,
             vectors,
             negatives=options.negatives,
-            seed=options.seed,
             device=options.device,
         )
 
     def __iter__(self) -> Iterator[Step]:
         """Yield steps; each worker's are its own."""
         worker = get_worker_info()
-        self._lists.seed(self._options.seed + (worker.id if worker else 0))
+        # A run that goes on doesn't begin with the same lists.
+        self._lists.seed(self._options.seed + 1000 * self.drawn + (worker.id if worker else 0))
         while True:
             yield self._step([self._lists.draw() for _ in range(self._options.lists)])
 
@@ -323,8 +328,9 @@ def train(options: argparse.Namespace) -> None:
     tokens = Tokens(AutoTokenizer.from_pretrained(get_model_path()), options.max_length)
     tokens.learn(texts)
     steps = Steps(examples, vectors, tokens, options)
-    loader = DataLoader(steps, batch_size=None, num_workers=options.workers)
     training = Training(options)
+    steps.drawn = training.step
+    loader = DataLoader(steps, batch_size=None, num_workers=options.workers)
     started, saved, outcomes = time.time(), time.time(), list[Tensor]()
     for step in loader:
         done = (time.time() - started) / (60 * options.minutes)

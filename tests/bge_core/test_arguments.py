@@ -197,7 +197,7 @@ def test_a_missing_argument_is_one_of_what_was_called():
     with pytest.raises(TypeError, match=r"^Embedder\(\) got too many positional arguments"):
         Embedder("BAAI/bge-m3", "cls")
     with pytest.raises(TypeError, match=r"^Embedder\(\) got multiple values for argument 'model'"):
-        Embedder("BAAI/bge-m3", model="BAAI/bge-m3")
+        Embedder("BAAI/bge-m3", model="BAAI/bge-m3")  # type: ignore[misc]
     with pytest.raises(TypeError, match=r"^make_reranker\(\) .*'truncate_dim'"):
         make_reranker("BAAI/bge-m3", truncate_dim=8)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bge_core import Embedder, Reranker
 from bge_core.backends.bert import load_bert
+from bge_core.backends.packed import PackedRunner
 from bge_core.backends.runner_options import RunnerOptions
 from bge_core.backends.select import load_runner
 from bge_core.checkpoints.metadata import read
@@ -55,6 +56,7 @@ def test_one_text_alone_has_the_rows_of_transformers(name, tokens, request):
     runner = load_runner(
         read(Source.of(folder), folder), RunnerOptions(kind="embedder"), device="cpu"
     )
+    assert isinstance(runner, PackedRunner)
     ids = np.arange(7, 7 + tokens, dtype=np.int32)
     pack = runner._pack([TokenSequence(ids, tokens)])
     with torch.inference_mode():
