@@ -6,11 +6,11 @@ Every linear layer of the encoder then runs on real tokens only, or next to it (
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -177,7 +177,7 @@ class Pack:
 
     def last_token_indices(self) -> Tensor:
         """Return the row of each sequence's last token, [n] int64."""
-        return self._tensor(self._bounds[1:] - 1)
+        return self.cu_seqlens[1:].long() - 1
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -289,17 +289,9 @@ def attend(
     whole = sliding_window is None or pack.longest <= sliding_window
     one_call = _one_call(queries, windowed=not whole)
     if one_call is not None:
-        return one_call(
-            queries,
-            keys,
-            values,
-            pack,
-            pack.cu_seqlens,
-            pack.longest,
-            causal=causal,
-            scale=scaling,
-            window=None if whole else sliding_window,
-        )
+        seen = None if whole else sliding_window
+        asked = _Asked(pack, pack.cu_seqlens, pack.longest, causal, scaling, window=seen)
+        return one_call(queries, keys, values, asked)
     grouped = keys.shape[1] != queries.shape[1]
     parts = []
     for group in pack.length_groups:
@@ -331,7 +323,7 @@ def attend_first(queries: Tensor, keys: Tensor, values: Tensor, pack: Pack) -> T
     """
     one_call = _one_call(queries, windowed=False)
     if one_call is not None:
-        return one_call(queries, keys, values, pack, pack.ordinals, 1)
+        return one_call(queries, keys, values, _Asked(pack, pack.ordinals, most_queries=1))
     parts, done = [], 0
     for group in pack.length_groups:
         own = queries[done : done + group.count, :, None]
@@ -349,22 +341,29 @@ def _joined(parts: list[Tensor], queries: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class _OneCall(Protocol):
-    """Attends in all sequences of a pack by one call."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one call for all sequences of a pack is to compute.
 
-    def __call__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        pack: Pack,
-        query_bounds: Tensor,
-        most_queries: int,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> Tensor: ...
+    Attributes:
+        pack: The boundaries of keys and values.
+        query_bounds: 0 and each sequence's end among the queries, [n + 1] int32.
+        most_queries: Queries of a sequence, at the most.
+        causal: Later tokens are hidden.
+        scale: Factor on the scores; None for 1 / sqrt(head_dim).
+        window: Tokens see others less than so many places away; None for all.
+    """
+
+    pack: Pack
+    query_bounds: Tensor
+    most_queries: int
+    causal: bool = False
+    scale: float | None = None
+    window: int | None = None
+
+
+# Of queries, keys and values.
+_OneCall = Callable[["Tensor", "Tensor", "Tensor", _Asked], "Tensor"]
 
 
 def _one_call(queries: Tensor, *, windowed: bool) -> _OneCall | None:
@@ -396,7 +395,7 @@ def _works(kernel: _OneCall, device: torch.device, dtype: torch.dtype, head_dim:
     heads: Any = rows.view(-1, 2, head_dim)
     try:
         with torch.inference_mode():
-            together = kernel(heads, heads, heads, pack, pack.cu_seqlens, pack.longest)
+            together = kernel(heads, heads, heads, _Asked(pack, pack.cu_seqlens, pack.longest))
             apart = torch.cat(
                 [
                     scaled_dot_product_attention(*[own.transpose(0, 1)] * 3).transpose(0, 1)
@@ -409,34 +408,23 @@ def _works(kernel: _OneCall, device: torch.device, dtype: torch.dtype, head_dim:
         return False
 
 
-def _flash(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pack: Pack,
-    query_bounds: Tensor,
-    most_queries: int,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, asked: _Asked) -> Tensor:
     """Attend in half precision; what `torch.nn.attention.varlen` calls, without its Python."""
-    far = -1 if window is None else window - 1
+    far = -1 if asked.window is None else asked.window - 1
     attended: Tensor = torch.ops.aten._flash_attention_forward(
         queries,
         keys,
         values,
-        query_bounds,
-        pack.cu_seqlens,
-        most_queries,
-        pack.longest,
+        asked.query_bounds,
+        asked.pack.cu_seqlens,
+        asked.most_queries,
+        asked.pack.longest,
         0.0,  # dropout
         False,  # noqa: FBT003 -- the operator takes it by position: causal, which the window says
         False,  # noqa: FBT003 -- the same: no mask is returned
-        scale=scale,
+        scale=asked.scale,
         window_size_left=far,
-        window_size_right=0 if causal else far,
+        window_size_right=0 if asked.causal else far,
         **_flash_keywords(),
     )[0]
     return attended
@@ -450,19 +438,8 @@ def _flash_keywords() -> dict[str, Any]:
     return {"num_splits": 1} if any(one.name == "num_splits" for one in taken) else {}
 
 
-def _efficient(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pack: Pack,
-    query_bounds: Tensor,
-    most_queries: int,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,  # noqa: ARG001 -- none is given: see `_kernel`
-) -> Tensor:
-    """Attend in float32, and on cards before Ampere."""
+def _efficient(queries: Tensor, keys: Tensor, values: Tensor, asked: _Asked) -> Tensor:
+    """Attend in float32, and on cards before Ampere; no window is asked for: see `_kernel`."""
     shared = queries.shape[1] // keys.shape[1]
     if shared > 1:
         keys, values = (rows.repeat_interleave(shared, 1) for rows in (keys, values))
@@ -471,14 +448,14 @@ def _efficient(
         keys[None],
         values[None],
         None,  # what is added to the scores
-        query_bounds,
-        pack.cu_seqlens,
-        most_queries,
-        pack.longest,
+        asked.query_bounds,
+        asked.pack.cu_seqlens,
+        asked.most_queries,
+        asked.pack.longest,
         0.0,  # dropout
-        int(causal),
+        int(asked.causal),
         False,  # noqa: FBT003 -- the operator takes it by position: no sums for a backward pass
-        scale=scale,
+        scale=asked.scale,
     )[0]
     return attended[0]
 

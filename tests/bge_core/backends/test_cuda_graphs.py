@@ -60,8 +60,9 @@ def tensors(out):
     return out if isinstance(out, (tuple, list)) else [out]
 
 
-def attend_by_bounds(queries, keys, values, pack, query_bounds, most_queries, **_):
+def attend_by_bounds(queries, keys, values, asked):
     """Attention in one call from the numbers on the device alone; NaN in rows of no sequence."""
+    pack, query_bounds = asked.pack, asked.query_bounds
     segments = [
         torch.searchsorted(bounds[1:].contiguous(), torch.arange(len(rows)), right=True)
         for bounds, rows in ((query_bounds, queries), (pack.cu_seqlens, keys))
