@@ -50,17 +50,14 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute [rows, in] -> [rows, out], float32."""
-        return self._multiplied(rows)
-
-    def plus(self, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Compute as `forward`, and add others of the outcome's shape."""
-        return self._multiplied(rows).add_(others)
-
-    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
         largest = (rows if self._after_gelu else rows.abs()).amax(-1, keepdim=True)
         largest = largest.clamp_min_(self._least)
         out: torch.Tensor = self._compute(rows / largest, self._step, self._zero, self._packed)
         return torch.addcmul(self._bias, out, largest, out=out)
+
+    def plus(self, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Compute as `forward`, and add others of the outcome's shape."""
+        return self.forward(rows).add_(others)
 
 
 def quantize_linear_weights(bert: Bert) -> None:

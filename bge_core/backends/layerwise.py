@@ -311,9 +311,8 @@ def load_layerwise_runner(
         decoder.load_state_dict({named[name]: tensor for name, tensor in read.items()}, assign=True)
         return decoder.eval().requires_grad_(requires_grad=False)
 
-    decoder = None if originals is None else originals.on("decoder", device, load)
     return LayerwiseRunner(
-        load() if decoder is None else decoder,
+        load() if originals is None else originals.on("decoder", device, load),
         depth,
         tail=tail,
         device=device,

@@ -51,6 +51,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound="torch.nn.Module")
+Loaded = TypeVar("Loaded", bound="torch.nn.Module | None")
 
 # Those whose fast versions in transformers 4 went by tokenizer_config.json.
 _MARKED_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
@@ -227,9 +228,7 @@ class Originals:
         self._name = name
         self._modules: dict[str, Any] = {}
 
-    def on(
-        self, what: str, device: torch.device, load: Callable[[], Module | None]
-    ) -> Module | None:
+    def on(self, what: str, device: torch.device, load: Callable[[], Loaded]) -> Loaded:
         """Return a module on a device, from the files the first time.
 
         Args:
@@ -242,7 +241,7 @@ class Originals:
         """
         if what not in self._modules:
             self._modules[what] = load()
-        original: Module | None = self._modules[what]
+        original: Loaded = self._modules[what]
         if original is None or next(original.parameters()).device == device:
             return original
         from bge_core.backends.memory import is_out_of_memory

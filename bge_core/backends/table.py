@@ -62,15 +62,13 @@ def _load_torch(
     from bge_core.backends.select import load_runner
 
     # Several workers of one CPU compute with one model; GPUs get copies of what was read once.
-    shared: dict[str, Runner] = {}
+    on_cpu: Runner | None = None
     originals = Originals(checkpoint.name) if len(devices) > 1 else None
     runners = []
     for device in devices:
-        kind = device.partition(":")[0]
-        if kind == "cpu":
-            if kind not in shared:
-                shared[kind] = load_runner(checkpoint, options, device=device)
-            runners.append(shared[kind])
+        if device.partition(":")[0] == "cpu":
+            on_cpu = on_cpu or load_runner(checkpoint, options, device=device)
+            runners.append(on_cpu)
         else:
             runners.append(load_runner(checkpoint, options, device=device, originals=originals))
     return runners
