@@ -416,10 +416,13 @@ class _Connections:
         async with self._turns:
             # The last one that was used is the least likely to be closed on the other side.
             connection = self._idle.pop() if self._idle else self._make()
+            # Only one that answered is kept: of a request that was cancelled at the moment when
+            # its connection opened, httpcore holds the connection busy for ever.
+            kept = False
             try:
                 yield connection
-            finally:
                 kept = len(self._idle) < _KEPT_ALIVE or self._turns.locked()
+            finally:
                 if kept and not self._closed:
                     self._idle.append(connection)
                 else:

@@ -92,6 +92,33 @@ async def test_cancelled_requests_give_their_turn_back(server, monkeypatch):
     assert len(found) == 8
 
 
+@pytest.mark.parametrize("opened", [False, True])
+async def test_a_request_can_be_cancelled_at_any_step(server, opened):
+    async def ask(endpoint):
+        body = {"model": "acme/encoder", "input": ["a"]}
+        return await endpoint.post("/embeddings", body, read=lambda answer: answer, largest=10_000)
+
+    async def cancel_and_ask_again(steps):
+        endpoint = http.Endpoint(server.address, api_key=None, timeout=2)
+        if opened:
+            await ask(endpoint)
+        task = asyncio.ensure_future(ask(endpoint))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await ask(endpoint)
+        endpoint.close()
+
+    loop = http._loop_thread.loop()
+    before = descriptors()
+    for steps in range(60):
+        future = asyncio.run_coroutine_threadsafe(cancel_and_ask_again(steps), loop)
+        await asyncio.wrap_future(future)
+    await asyncio.sleep(0.1)
+    assert descriptors() <= before + 5
+
+
 # Too much.
 
 
