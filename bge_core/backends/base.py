@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from bge_core.backends.cpu_threads import PackThreads
 from bge_core.backends.memory import Budget, is_out_of_memory, share_of_memory
 from bge_core.backends.packing import Pack
 
@@ -116,6 +117,7 @@ class TorchRunner(ABC):
         # A CPU computes no float16, save in tests.
         self._half = dtype == "float16" and device.type in ("cuda", "cpu")
         self.default_budget = budget.tokens
+        self._threads = PackThreads() if device.type == "cpu" else None
         self.overlaps = device.type == "cuda"
         if self.overlaps:
             # The workers have streams of their own, which don't wait for the weights. Waiting for
@@ -129,7 +131,11 @@ class TorchRunner(ABC):
     @torch.inference_mode()
     def launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
         """Begin to compute one row a sequence; the function that is returned waits for them."""
-        fetch = self._launch(sequences)
+        if self._threads is None:
+            fetch = self._launch(sequences)
+        else:
+            with self._threads.computing(sum(map(len, sequences))):
+                fetch = self._launch(sequences)
         return partial(self._fetch_finite, sequences, fetch) if self._half else fetch
 
     def _fetch_finite(self, sequences: Sequence[TokenSequence], fetch: Fetch) -> Any:

@@ -58,6 +58,7 @@ class Backend:
 def _load_torch(
     checkpoint: Checkpoint, options: RunnerOptions, devices: Sequence[str]
 ) -> list[Runner]:
+    from bge_core.backends.cpu_threads import end_waiting_threads
     from bge_core.backends.loading import Originals
     from bge_core.backends.select import load_runner
 
@@ -71,6 +72,7 @@ def _load_torch(
             runners.append(on_cpu)
         else:
             runners.append(load_runner(checkpoint, options, device=device, originals=originals))
+    end_waiting_threads()  # those that laid weights out
     return runners
 
 
