@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def two_threads(monkeypatch):
 @pytest.fixture
 def ways(monkeypatch):
     """Have the ways taken that are asked for; gives the numbers of threads."""
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(_Size, "choose", lambda size, most: seen.pop(0))
     return seen
 
@@ -112,7 +113,7 @@ def test_the_threads_are_this_thread_s_and_come_back(ways, two_threads):
     before = openmp.omp_get_max_threads()
 
     def other_thread_s():
-        seen = []
+        seen: list[int] = []
         thread = threading.Thread(target=lambda: seen.append(openmp.omp_get_max_threads()))
         thread.start()
         thread.join()
