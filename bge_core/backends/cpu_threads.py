@@ -4,7 +4,7 @@ A short query is some hundred small steps, each shared out among threads that wa
 Threads that spin meanwhile take two thirds of one thread's time where nothing else wants the cores.
 Where something does, they take the core of the one that they wait for, and one thread alone is
 faster: that can't be known but by measuring. The steps of a large pack are long, and its threads
-sleep between them (docs/decisions/27).
+sleep between them (docs/decisions/30).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ torch's own layer hands every call's weights to the matrix product in the checkp
 writes bias, activation and what is added in passes of their own. oneDNN, which torch brings along,
 takes weights in the layout that its kernels stream best and does the rest while a tile is in the
 cache: the same numbers, in well under half the time for one short query and somewhat sooner in
-bulk. On AVX2 its 1x1 convolutions are faster still in bulk (docs/decisions/04).
+bulk. On AVX2 its 1x1 convolutions are faster still in bulk (docs/decisions/31).
 """
 
 from __future__ import annotations
