@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PackThreads", "end_waiting_threads"]
+__all__ = ["SMALL_PACK_TOKENS", "PackThreads", "end_waiting_threads"]
 
 logger = logging.getLogger(__name__)
 
-# A pack of no more tokens is small.
-_FEW_TOKENS = 64
+SMALL_PACK_TOKENS = 64
+"""A pack of no more tokens is small."""
 # Small packs whose numbers of tokens differ by less count as one size.
 _ALIKE = 16
 # Besides one and all: a query's steps are too small for dozens.
@@ -67,7 +67,7 @@ class PackThreads:
         if openmp is None or most == 1:
             yield
             return
-        if tokens > _FEW_TOKENS:
+        if tokens > SMALL_PACK_TOKENS:
             _sleepers.hold()
             yield
             return
@@ -94,6 +94,7 @@ class _Size:
         self._seconds: dict[_Way, tuple[float, ...]] = {}
         self._since: dict[_Way, float] = {}
         """Seconds that passes took in other ways since one was last tried."""
+        self._last: _Way | None = None
 
     def choose(self, most: int) -> _Way:
         """Return the way that has been fastest, or one that it's time to try.
@@ -117,13 +118,16 @@ class _Size:
                 return way
         best = min(median.values())
         for way, took in median.items():
-            # A quarter more, for two that take the same.
-            if took > best and self._since[way] * _TRIALS > took - best + best / 4:
+            # Two passes a trial; a quarter more, for two that take the same.
+            if took > best and self._since[way] * _TRIALS > 2 * (took - best) + best / 4:
                 return way
         return min(median, key=median.__getitem__)
 
     def note(self, way: _Way, seconds: float) -> None:
-        """Note what a pass took."""
+        """Note what a pass took; the first after a change of ways has threads to end and make."""
+        last, self._last = self._last, way
+        if way != last and not (way.spin and seconds > _LONG):
+            return
         rest = {other: since + seconds for other, since in self._since.items()}
         others = (took for other, took in self._seconds.items() if other != way)
         best = min(map(statistics.median, others), default=0.0)
@@ -135,9 +139,10 @@ class _Size:
 
 
 def end_waiting_threads() -> None:
-    """End the threads that compute for this one; the next pass makes new ones, in 0.1 ms.
+    """End the threads that compute for this one, of which GNU's OpenMP would keep some for each.
 
-    GNU's OpenMP keeps some for each thread that ever computed.
+    The next pass makes new ones. That isn't done after a small pack: a new thread often starts on
+    the core of the one that waits for it, and a query takes half as long again.
     """
     openmp = _openmp()
     if openmp is not None and _is_gnu(openmp):

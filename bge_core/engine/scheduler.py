@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard, cast
 import torch
 
 from bge_core.backends.base import OverlappingRunner
-from bge_core.backends.cpu_threads import end_waiting_threads
+from bge_core.backends.cpu_threads import SMALL_PACK_TOKENS, end_waiting_threads
 from bge_core.backends.memory import free_cached_memory, is_out_of_memory
 from bge_core.backends.packing import BatchSize, next_batch_end
 from bge_core.engine.process import (
@@ -362,7 +362,7 @@ class _Workers:
                 done.begun = max(done.begun, finished)
                 self._finish(done, runner, limit)
                 finished = time.perf_counter()
-                if not self.waiting[priority]:
+                if done.tokens > SMALL_PACK_TOKENS and not self.waiting[priority]:
                     end_waiting_threads()
                 if pace:
                     pace.note(done.tokens, finished - done.begun)

@@ -52,15 +52,15 @@ def passes(clock):
 def test_the_fastest_way_is_taken(passes, best):
     took = dict.fromkeys((ASLEEP, SPINNING, ALONE), 0.03) | {best: 0.02}
     ways = passes(_Size(), took, 300)
-    assert set(ways[:9]) == {ASLEEP, SPINNING, ALONE}
-    assert ways[9:].count(best) > 0.95 * 291
+    assert set(ways[:12]) == {ASLEEP, SPINNING, ALONE}
+    assert ways[12:].count(best) > 0.9 * 288
 
 
 @pytest.mark.parametrize("worse", [1.1, 1.5, 3.0, 30.0])
 def test_what_is_slower_is_tried_for_a_hundredth_of_the_time(passes, worse):
     took = {ASLEEP: 0.02 * min(worse, 3.0), SPINNING: 0.02 * worse, ALONE: 0.02}
     size = _Size()
-    passes(size, took, 9)
+    passes(size, took, 12)
     ways = passes(size, took, 20_000)
     lost = sum(took[way] - 0.02 for way in ways)
     assert 0 < lost < 0.025 * sum(took[way] for way in ways)
