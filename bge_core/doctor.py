@@ -164,9 +164,9 @@ def _dtypes(flags: frozenset[str], *, int8: bool) -> Iterator[str]:
     """Say which `dtype=` pays on the CPU."""
     yield "float32 always"
     if int8 and flags & {"avx_vnni", "avx512_vnni", "amx_int8"}:
-        yield "int8 for BERT and XLM-RoBERTa, 1.5 times as fast without VNNI, which is here"
+        yield "int8 for BERT and XLM-RoBERTa, 1.3 times as fast without VNNI, which is here"
     elif int8:
-        yield "int8 for BERT and XLM-RoBERTa, about 1.5 times as fast"
+        yield "int8 for BERT and XLM-RoBERTa, about 1.3 times as fast"
     if flags & {"avx512_bf16", "amx_bf16"}:
         yield "bfloat16: compare it with float32"
     else:
