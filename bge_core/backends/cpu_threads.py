@@ -57,7 +57,8 @@ class PackThreads:
 
     def __init__(self) -> None:
         self._sizes: defaultdict[int, _Size] = defaultdict(_Size)
-        _sleepers.hold()
+        if torch.get_num_threads() > 1:
+            _sleepers.hold()
 
     @contextmanager
     def computing(self, tokens: int) -> Iterator[None]:
@@ -204,9 +205,11 @@ class _Sleepers:
 
 
 def _wait(openmp: Any, started: threading.Event, end: threading.Event) -> None:
-    openmp.omp_set_num_threads(2)
-    torch.zeros(1 << 16).add_(1)  # large enough to be shared out
-    started.set()
+    try:
+        openmp.omp_set_num_threads(2)
+        torch.zeros(1 << 16).add_(1)  # large enough to be shared out
+    finally:  # whatever went wrong, somebody waits with a lock
+        started.set()
     end.wait()
 
 
