@@ -131,11 +131,9 @@ class TorchRunner(ABC):
     @torch.inference_mode()
     def launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
         """Begin to compute one row a sequence; the function that is returned waits for them."""
-        if self._threads is None:
+        tokens = sum(map(len, sequences))
+        with self._threads.computing(tokens) if self._threads else nullcontext():
             fetch = self._launch(sequences)
-        else:
-            with self._threads.computing(sum(map(len, sequences))):
-                fetch = self._launch(sequences)
         return partial(self._fetch_finite, sequences, fetch) if self._half else fetch
 
     def _fetch_finite(self, sequences: Sequence[TokenSequence], fetch: Fetch) -> Any:

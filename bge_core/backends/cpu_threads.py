@@ -182,26 +182,26 @@ class _Sleepers:
     def hold(self) -> None:
         """Let threads sleep."""
         openmp = _openmp()
-        if self._end is not None or openmp is None or not _is_gnu(openmp):
+        if openmp is None or not _is_gnu(openmp):
             return
         with self._lock:
-            if self._end is None:
-                started, end = threading.Event(), threading.Event()
-                work = (openmp, started, end)
-                thread = threading.Thread(target=_wait, args=work, name="bge-sleeper", daemon=True)
-                # No room for another thread: then they spin.
-                with contextlib.suppress(RuntimeError):
-                    thread.start()
-                    started.wait()
-                    self._end = end
+            if self._end is not None:
+                return
+            started, end = threading.Event(), threading.Event()
+            work = (openmp, started, end)
+            thread = threading.Thread(target=_wait, args=work, name="bge-sleeper", daemon=True)
+            # No room for another thread: then they spin.
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                started.wait()
+                self._end = end
 
     def release(self) -> None:
         """Let threads spin."""
-        if self._end is not None:
-            with self._lock:
-                if self._end is not None:
-                    self._end.set()
-                    self._end = None
+        with self._lock:
+            if self._end is not None:
+                self._end.set()
+                self._end = None
 
 
 def _wait(openmp: Any, started: threading.Event, end: threading.Event) -> None:

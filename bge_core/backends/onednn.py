@@ -28,7 +28,19 @@ _IMAGE_ROWS = (64, 32, 16, 8, 4)
 _FEW_CHANNELS = 32
 
 
-class CpuLinear(torch.nn.Module):
+class _PointwiseLinear(torch.nn.Module):
+    """What both kinds of layer share: an operator, a bias, and an activation in the same pass."""
+
+    def __init__(self, operator: Any, linear: torch.nn.Linear, *, gelu: bool) -> None:
+        super().__init__()
+        self._compute = operator.default
+        self._compute_plus = operator.binary
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        # The operator's words: an activation, its numbers, and which form of it.
+        self._activation: Any = ("gelu", [], "none") if gelu else ("none", [], None)
+
+
+class CpuLinear(_PointwiseLinear):
     """A linear layer whose weights are in oneDNN's own layout.
 
     Args:
@@ -37,14 +49,9 @@ class CpuLinear(torch.nn.Module):
     """
 
     def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
-        super().__init__()
         ops: Any = torch.ops.mkldnn
-        self._compute = ops._linear_pointwise.default
-        self._compute_plus = ops._linear_pointwise.binary
+        super().__init__(ops._linear_pointwise, linear, gelu=gelu)
         self._weight: torch.Tensor = ops._reorder_linear_weight(linear.weight.detach())
-        self._bias = None if linear.bias is None else linear.bias.detach()
-        # The operator's words: an activation, its numbers, and which form of it.
-        self._activation: Any = ("gelu", [], "none") if gelu else ("none", [], None)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute [..., in] -> [..., out], float32."""
@@ -57,7 +64,7 @@ class CpuLinear(torch.nn.Module):
         return out
 
 
-class ConvolutionLinear(torch.nn.Module):
+class ConvolutionLinear(_PointwiseLinear):
     """A linear layer as a 1x1 convolution: rows are pixels, in images of a few rows each.
 
     oneDNN chooses the layout of the weights by the number of pixels in an image, whatever the
@@ -69,18 +76,13 @@ class ConvolutionLinear(torch.nn.Module):
     """
 
     def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
-        super().__init__()
-        ops: Any = torch.ops.mkldnn
-        self._compute = ops._convolution_pointwise.default
-        self._compute_plus = ops._convolution_pointwise.binary
+        super().__init__(torch.ops.mkldnn._convolution_pointwise, linear, gelu=gelu)
         weight = linear.weight.detach()
         self._out, self._in = weight.shape
         self._image_rows = _image_rows(self._out, self._in)
         self._weight = _as_convolution(weight, self._image_rows[0])
-        self._bias = None if linear.bias is None else linear.bias.detach()
         # Padding, stride, dilation and groups.
         self._shape: Any = ([0, 0], [1, 1], [1, 1], 1)
-        self._activation: Any = ("gelu", [], "none") if gelu else ("none", [], None)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute [..., in] -> [..., out], float32; faster where rows are a multiple of four."""
