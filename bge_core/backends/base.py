@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -177,11 +178,28 @@ class TorchRunner(ABC):
             return nullcontext()
         # The lower number goes first. Both work on the device at once: a query's kernels start
         # when some of a bulk pack's have ended, and not when the pack has.
-        cuda: Any = torch.cuda  # whose classes have no types
-        stream: AbstractContextManager[Any] = cuda.stream(
-            cuda.Stream(self._device, priority=-1 if urgent else 0)
-        )
-        return stream
+        return _on_own_stream(self._device, priority=-1 if urgent else 0)
+
+
+# Of workers that have ended, by device and priority. cuBLAS keeps 32 MiB for each stream that it
+# has met, and torch's allocator what was freed on it, for as long as the process lives.
+_idle_streams: defaultdict[tuple[torch.device, int], list[Any]] = defaultdict(list)
+
+
+@contextmanager
+def _on_own_stream(device: torch.device, *, priority: int) -> Iterator[None]:
+    """Return a context in which a thread launches on a stream that is nobody else's meanwhile."""
+    cuda: Any = torch.cuda  # whose classes have no types
+    idle = _idle_streams[device, priority]
+    try:
+        stream = idle.pop()
+    except IndexError:
+        stream = cuda.Stream(device, priority=priority)
+    try:
+        with cuda.stream(stream):
+            yield
+    finally:
+        idle.append(stream)
 
 
 def _is_finite(row: Any) -> bool:

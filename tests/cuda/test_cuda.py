@@ -5,6 +5,7 @@ Without a GPU each test says that it was skipped.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -449,6 +450,21 @@ def test_every_gpu_has_the_weights_that_were_read_once(name, request):
                 for _ in range(4):
                     np.testing.assert_allclose(runner.run(given), first, atol=1e-4)
                 assert runner._graphed is None or runner._graphed.replays == 2
+
+
+def test_models_that_were_closed_leave_no_memory_behind(en_folder):
+    def allocated_after_another():
+        with Embedder(en_folder, device=DEVICE, dtype="float16", on_truncation="ignore") as model:
+            model.embed_documents(TEXTS)
+            for _ in range(4):
+                model.embed_queries(["panda"])
+        del model
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    # cuBLAS keeps memory for each pair of a stream and a handle, of which there are four here.
+    before = max(allocated_after_another() for _ in range(4))
+    assert max(allocated_after_another() for _ in range(6)) <= before + (1 << 20)
 
 
 def after_four_passes(folder, given):
