@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
-from bge_core.backends.cpu_threads import PackThreads
+from bge_core.backends.cpu_threads import PackThreads, shareable_threads
 from bge_core.backends.memory import Budget, is_out_of_memory, share_of_memory
 from bge_core.backends.packing import Pack
 
@@ -75,6 +75,8 @@ class Runner(Protocol):
     """Whether a short sequence costs as much as the longest of its pack."""
     default_budget: int
     """Tokens a pack may have unless the user says otherwise."""
+    threads: int
+    """Threads of a CPU that packs may share out among themselves; 1 where the device sees to it."""
 
     def run(self, sequences: Sequence[TokenSequence]) -> NDArray[np.float32] | list[Any]:
         """Compute one row a sequence: [n, width] float32, or a list of what was asked for."""
@@ -118,7 +120,8 @@ class TorchRunner(ABC):
         # A CPU computes no float16, save in tests.
         self._half = dtype == "float16" and device.type in ("cuda", "cpu")
         self.default_budget = budget.tokens
-        self._threads = PackThreads() if device.type == "cpu" else None
+        self._pack_threads = PackThreads() if device.type == "cpu" else None
+        self.threads = shareable_threads() if device.type == "cpu" else 1
         self.overlaps = device.type == "cuda"
         if self.overlaps:
             # The workers have streams of their own, which don't wait for the weights. Waiting for
@@ -133,7 +136,7 @@ class TorchRunner(ABC):
     def launch(self, sequences: Sequence[TokenSequence]) -> Fetch:
         """Begin to compute one row a sequence; the function that is returned waits for them."""
         tokens = sum(map(len, sequences))
-        with self._threads.computing(tokens) if self._threads else nullcontext():
+        with self._pack_threads.computing(tokens) if self._pack_threads else nullcontext():
             fetch = self._launch(sequences)
         return partial(self._fetch_finite, sequences, fetch) if self._half else fetch
 

@@ -27,7 +27,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["SMALL_PACK_TOKENS", "PackThreads", "end_waiting_threads"]
+__all__ = [
+    "SMALL_PACK_TOKENS",
+    "PackThreads",
+    "end_waiting_threads",
+    "shareable_threads",
+    "use_threads",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +143,20 @@ class _Size:
         self._seconds[way] = (*self._seconds.get(way, ()), seconds)[-_SAMPLES:]
         if way.spin and seconds > 2 * best > 0.0:
             _sleepers.stay((seconds - best) / _TRIALS)
+
+
+def shareable_threads() -> int:
+    """Return how many threads packs may share out; 1 where they can't be set for each."""
+    return 1 if _openmp() is None else torch.get_num_threads()
+
+
+def use_threads(count: int) -> None:
+    """Have so many threads compute what the calling thread computes from here on."""
+    if (openmp := _openmp()) is None:
+        return
+    # In each thread's first call of it, torch sets what the user asked for.
+    torch.get_num_threads()
+    openmp.omp_set_num_threads(count)
 
 
 def end_waiting_threads() -> None:

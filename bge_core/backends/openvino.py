@@ -81,6 +81,8 @@ class OpenVINORunner:
     padded = True
     # As torch on a CPU: a small working set.
     default_budget = 2048
+    # OpenVINO has threads of its own.
+    threads = 1
 
     def __init__(self, compiled: Any, *, types: bool, pad: int) -> None:
         self._compiled = compiled

@@ -1,4 +1,4 @@
-"""The workers: one model a device, two priorities, shared by all callers.
+"""The workers: one model, on a device or several, two priorities, shared by all callers.
 
 Callers submit sequences and get a future. A worker fills a pack with whatever waits at its
 priority, whoever asked for it, so that concurrent queries share one forward pass. Background work,
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard, cast
 import torch
 
 from bge_core.backends.base import OverlappingRunner
-from bge_core.backends.cpu_threads import SMALL_PACK_TOKENS, end_waiting_threads
+from bge_core.backends.cpu_threads import SMALL_PACK_TOKENS, end_waiting_threads, use_threads
 from bge_core.backends.memory import free_cached_memory, is_out_of_memory
 from bge_core.backends.packing import BatchSize, next_batch_end
 from bge_core.engine.process import (
@@ -32,6 +32,7 @@ from bge_core.engine.process import (
     trim_heap,
 )
 from bge_core.engine.stats import Counters, Waiting
+from bge_core.engine.thread_shares import ThreadShares
 from bge_core.errors import ComputationError, closed_error, closed_while_waiting_error
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class _Job:
         "order",
         "progress",
         "rows",
+        "tokens",
         "waits_since",
     )
 
@@ -98,6 +100,8 @@ class _Job:
         self.order = sorted(enumerate(sequences), key=lambda item: -len(item[1]))
         self.lengths = [len(sequence) for _, sequence in self.order]
         self.cursor = 0
+        # That wait.
+        self.tokens = sum(self.lengths)
         self.caller = caller
         self.budget = budget
         self.progress = progress
@@ -122,7 +126,8 @@ class _Job:
                 self.rows[index] = row
             self._left -= len(indices)
             done = not self._left
-        self._report(len(indices))
+            # One worker at a time: it's the caller's, who may count without a lock.
+            self._report(len(indices))
         if done:
             self._finish(lambda: self.future.set_result(self.rows))
 
@@ -248,6 +253,22 @@ def _fail(error: BaseException) -> NoReturn:
     raise error
 
 
+class _Pool:
+    """The threads that feed one runner at one priority; used under the workers' lock.
+
+    Args:
+        threads: Threads that its passes may share out.
+    """
+
+    __slots__ = ("idle", "shares", "threads")
+
+    def __init__(self, threads: int) -> None:
+        self.shares = ThreadShares(threads)
+        self.threads: list[threading.Thread] = []
+        self.idle: dict[int, threading.Condition] = {}
+        """Those that wait for work, by their number in `threads`."""
+
+
 class _Workers:
     """What the worker threads share; it must not refer to the engine, so that that can die."""
 
@@ -263,16 +284,21 @@ class _Workers:
         at_exit(self)
 
     def _start_over(self) -> None:
-        self.ready = threading.Condition()
+        self.lock = threading.RLock()
         # Each caller's jobs, in the order of the callers' turns.
         self.waiting: dict[Priority, OrderedDict[Hashable, deque[_Job]]] = {
             "interactive": OrderedDict(),
             "background": OrderedDict(),
         }
-        self.threads: dict[Priority, list[threading.Thread]] = {"interactive": [], "background": []}
+        self.waiting_tokens: dict[Priority, int] = {"interactive": 0, "background": 0}
+        # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
+        self.pools: dict[Priority, list[_Pool]] = {
+            priority: [_Pool(1 if self.forked else runner.threads) for runner in runners]
+            for priority, runners in self.runners.items()
+        }
 
     def submit(self, job: _Job, priority: Priority) -> None:
-        with self.ready:
+        with self.lock:
             if self.closed:
                 raise closed_error(self.name)
             if self.forked and any(_overlaps(runner) for runner in self.runners[priority]):
@@ -282,10 +308,9 @@ class _Workers:
                     "the model in the children only."
                 )
                 raise ComputationError(msg)
-            if not self.threads[priority]:
-                self._start(priority)
+            self._wake(priority)  # which waits for the lock then
             self.waiting[priority].setdefault(job.caller, deque()).append(job)
-            self.ready.notify_all()
+            self.waiting_tokens[priority] += job.tokens
         # Weakly: a job and its future that know each other would wait for the garbage collector.
         mine = weakref.ref(job)
         job.future.add_done_callback(lambda future: self._drop_cancelled(future, mine(), priority))
@@ -295,40 +320,60 @@ class _Workers:
         if job is None or not future.cancelled():
             return
         job.gone = True
-        with self.ready:
+        with self.lock:
             jobs = self.waiting[priority].get(job.caller)
             if jobs is not None and job in jobs:
                 jobs.remove(job)
+                self.waiting_tokens[priority] -= job.tokens
                 if not jobs:
                     del self.waiting[priority][job.caller]
 
-    def _start(self, priority: Priority) -> None:
-        for index in range(len(self.runners[priority])):
-            thread = threading.Thread(
-                target=self._work,
-                args=(priority, index),
-                name=f"bge-{priority}-{index}",
-                daemon=True,
-            )
-            thread.start()
-            self.threads[priority].append(thread)
+    def _wake(self, priority: Priority) -> None:
+        """Have one more worker look at what waits; called under the lock.
 
-    def _work(self, priority: Priority, index: int) -> None:
-        self._serve(priority, index)
+        Always the first that has nothing to do, so that queries one after the other find the same
+        thread, and what it has ready.
+        """
+        for index, pool in enumerate(self.pools[priority]):
+            if not pool.shares.any_free:
+                continue
+            if pool.idle:
+                pool.idle.pop(min(pool.idle)).notify()
+                return
+            if len(pool.threads) < pool.shares.workers:
+                self._start(priority, index, pool)
+                return
+
+    def _start(self, priority: Priority, index: int, pool: _Pool) -> None:
+        number = len(pool.threads)
+        thread = threading.Thread(
+            target=self._work,
+            args=(priority, index, number),
+            name=f"bge-{priority}-{index}" + (f"-{number}" if number else ""),
+            daemon=True,
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # no room for another: those that there are do it
+            if not any(other.threads for other in self.pools[priority]):
+                raise
+        else:
+            pool.threads.append(thread)
+
+    def _work(self, priority: Priority, index: int, number: int) -> None:
+        self._serve(priority, index, number)
         if not is_exiting():
             trim_heap()
 
-    def _serve(self, priority: Priority, index: int) -> None:
+    def _serve(self, priority: Priority, index: int, number: int) -> None:
         """Compute what comes until the engine is closed; nothing of the model outlives it."""
-        with self.ready:
+        with self.lock:
             if self.closed:
                 return
             runner = self.runners[priority][index]
         if priority == "background":
             lower_thread_priority()
-        limit = self.token_limits[index]
         if self.forked:
-            # GNU OpenMP's threads are not in a forked child, and waiting for them would hang.
             torch.set_num_threads(1)
         if _overlaps(runner):
             with contextlib.ExitStack() as stack:
@@ -336,25 +381,33 @@ class _Workers:
                     stack.enter_context(runner.on_thread(urgent=priority == "interactive"))
                 except Exception as exc:  # noqa: BLE001 -- a pass says it to its callers, too
                     _log(logging.WARNING, "A worker has no stream of its own: %s", exc)
-                self._loop(priority, runner, limit, _Pace())
+                self._loop(priority, index, number, runner, _Pace())
         else:
-            self._loop(priority, runner, limit, None)
+            self._loop(priority, index, number, runner, None)
 
     def _loop(
-        self, priority: Priority, runner: Runner, limit: _TokenLimit, pace: _Pace | None
+        self, priority: Priority, index: int, number: int, runner: Runner, pace: _Pace | None
     ) -> None:
         """Compute pack by pack; with a pace, the next one is made while the device computes."""
+        pool, limit = self.pools[priority][index], self.token_limits[index]
+        work = threading.Condition(self.lock)
         computing: _Pass | None = None
         idle_since: float | None = None
         finished = 0.0
+        threads = 0
         while True:
-            with self.ready:
-                pack = self._take(priority, runner, limit.tokens, pace.tokens if pace else None)
+            with self.lock:
+                pool.shares.give_back(threads)
+                pack, threads = self._next_pack(priority, pool, runner, limit, pace)
                 if not pack and computing is None:
                     if self.closed:
                         return
+                    pool.idle[number] = work
                     # Queries wake it, too, and are no reason to rest longer.
-                    self.ready.wait(idle_since and max(0.0, idle_since - time.monotonic()))
+                    work.wait(idle_since and max(0.0, idle_since - time.monotonic()))
+                    pool.idle.pop(number, None)
+            if threads and pool.shares.workers > 1:
+                use_threads(threads)
             following = _Pass(pack, runner, overlapping=pace is not None) if pack else None
             done = computing if pace else following
             if done is not None:
@@ -362,7 +415,9 @@ class _Workers:
                 done.begun = max(done.begun, finished)
                 self._finish(done, runner, limit)
                 finished = time.perf_counter()
-                if done.tokens > SMALL_PACK_TOKENS and not self.waiting[priority]:
+                # Small packs are the first worker's, and its threads stay.
+                small = done.tokens <= SMALL_PACK_TOKENS and not number
+                if not small and not self.waiting[priority]:
                     end_waiting_threads()
                 if pace:
                     pace.note(done.tokens, finished - done.begun)
@@ -373,6 +428,29 @@ class _Workers:
             computing = following if pace else None
             # Nothing of a pack may outlive it while the worker waits.
             del pack, following, done
+
+    def _next_pack(
+        self,
+        priority: Priority,
+        pool: _Pool,
+        runner: Runner,
+        limit: _TokenLimit,
+        pace: _Pace | None,
+    ) -> tuple[list[_Entry], int]:
+        """Take a pack and the threads that compute it; called under the lock.
+
+        A device that computes beside its thread has no threads to share out.
+        """
+        if pace is None and not pool.shares.any_free:
+            return [], 0
+        tokens = min(limit.tokens, pool.shares.pack_tokens(self.waiting_tokens[priority]))
+        pack = self._take(priority, runner, tokens, pace.tokens if pace else None)
+        threads = 0
+        if pack and pace is None:
+            threads = pool.shares.claim(self.waiting_tokens[priority])
+        if pack and self.waiting[priority]:
+            self._wake(priority)
+        return pack, threads
 
     def _take(
         self, priority: Priority, runner: Runner, limit: int, most: int | None = None
@@ -394,6 +472,7 @@ class _Workers:
             while jobs:
                 job = jobs[0]
                 if job.gone:
+                    self.waiting_tokens[priority] -= job.tokens
                     jobs.popleft()
                     continue
                 start = job.cursor
@@ -403,6 +482,9 @@ class _Workers:
                 )
                 if end > start:
                     limit = own
+                    tokens = sum(job.lengths[start:end])
+                    job.tokens -= tokens
+                    self.waiting_tokens[priority] -= tokens
                     for place, sequence in job.order[start:end]:
                         pack.append((job, place, sequence))
                     job.cursor = end
@@ -495,7 +577,7 @@ class _Workers:
 
     def count_waiting(self) -> dict[Priority, Waiting]:
         """Count what no pack has taken yet."""
-        with self.ready:
+        with self.lock:
             return {
                 priority: Waiting(
                     callers=len(callers),
@@ -511,7 +593,7 @@ class _Workers:
 
     def close(self) -> None:
         """Stop the workers after the pack that they are at, and release the weights."""
-        with self.ready:
+        with self.lock:
             self.closed = True
             dropped = [
                 job
@@ -522,13 +604,19 @@ class _Workers:
             for jobs in self.waiting.values():
                 jobs.clear()
             self.runners = {}
-            self.ready.notify_all()
+            for pool in self.all_pools():
+                for work in pool.idle.values():
+                    work.notify()
         for job in dropped:
             job.fail(closed_while_waiting_error(self.name))
 
+    def all_pools(self) -> list[_Pool]:
+        """Return the pools of both priorities."""
+        return [pool for pools in self.pools.values() for pool in pools]
+
     def all_threads(self) -> list[threading.Thread]:
         """Return the threads of both priorities."""
-        return [thread for priority in self.threads.values() for thread in priority]
+        return [thread for pool in self.all_pools() for thread in pool.threads]
 
     def join(self, deadline: float) -> None:
         """Wait for the packs that are being computed, until a time of `time.monotonic()`."""
@@ -578,7 +666,11 @@ class Engine:
             budget: Tokens a pack may have; None for the devices' defaults.
         """
         runners = self._workers.runners.get(priority, ())
-        return _PACKS_AHEAD * sum(budget or runner.default_budget for runner in runners)
+        pools = self._workers.pools.get(priority, ())
+        return _PACKS_AHEAD * sum(
+            pool.shares.tokens_at_once(budget or runner.default_budget)
+            for runner, pool in zip(runners, pools, strict=False)
+        )
 
     @property
     def cache_hits(self) -> int:

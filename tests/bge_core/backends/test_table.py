@@ -86,6 +86,7 @@ class Lengths:
     """A backend that counts tokens."""
 
     padded = False
+    threads = 1
     default_budget = 64
 
     def run(self, sequences):

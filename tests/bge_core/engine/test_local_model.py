@@ -19,6 +19,7 @@ class Device:
     """A runner whose row of a sequence is its length."""
 
     padded = False
+    threads = 1
 
     def __init__(self, devices: Devices) -> None:
         self.default_budget = devices.budget

@@ -24,6 +24,7 @@ class Device:
     """
 
     padded = False
+    threads = 1
     overlaps = True
 
     def __init__(self, *, budget=100, most=1 << 60) -> None:
@@ -139,7 +140,7 @@ def test_close_hands_out_what_was_launched_and_names_itself_to_the_rest():
     device = Device()
     device.gate.clear()
     made = engine(device)
-    with made._workers.ready:  # all wait before the worker takes the first
+    with made._workers.lock:  # all wait before the worker takes the first
         futures = [made.submit(sequences(90), priority="background") for _ in range(4)]
     while len(device.log) < 2:
         time.sleep(0.001)

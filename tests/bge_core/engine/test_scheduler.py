@@ -31,6 +31,7 @@ class Recorder:
     """A runner whose row of a sequence is its length, and that writes down its packs."""
 
     padded = False
+    threads = 1
     default_budget = 100
 
     def __init__(
@@ -470,7 +471,7 @@ def test_bulk_work_gives_memory_back_once_when_nothing_more_comes(monkeypatch):
         made.submit(sequences(5), priority="interactive").result(10)
         time.sleep(0.05)
     time.sleep(1.5)
-    assert own() == made._workers.threads["background"]
+    assert own() == made._workers.pools["background"][0].threads
     assert values(made.submit(sequences(7), priority="background")) == [7.0]
 
 

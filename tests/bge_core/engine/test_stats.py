@@ -250,6 +250,7 @@ class Gate:
     """A runner that waits until it may go on."""
 
     padded = False
+    threads = 1
     default_budget = 4
 
     def __init__(self):
