@@ -221,12 +221,12 @@ class BatchSize:
 
 
 def round_up_to_bucket(rows: int) -> int:
-    """Round a number of rows up to a multiple of four, by less than an eighth from 24 rows on.
+    """Round a number of rows up, by less than an eighth and by 63 at most.
 
     oneDNN keeps what it made for each size of each layer's input, half a megabyte: up to 2,048
-    rows there are 68 sizes that way. Its convolutions take images of four rows and more.
+    rows there are 80 sizes that way.
     """
-    step = min(64, max(4, 1 << max(0, rows.bit_length() - 4)))
+    step = min(64, 1 << max(0, rows.bit_length() - 4))
     return -(-rows // step) * step
 
 
