@@ -397,7 +397,8 @@ class _Workers:
         threads = 0
         while True:
             with self.lock:
-                pool.shares.give_back(threads)
+                if threads:
+                    pool.shares.give_back(threads)
                 pack, threads = self._next_pack(priority, pool, runner, limit, pace)
                 if not pack and computing is None:
                     if self.closed:
@@ -443,12 +444,14 @@ class _Workers:
         """
         if pace is None and not pool.shares.any_free:
             return [], 0
-        tokens = min(limit.tokens, pool.shares.pack_tokens(self.waiting_tokens[priority]))
-        pack = self._take(priority, runner, tokens, pace.tokens if pace else None)
-        threads = 0
-        if pack and pace is None:
-            threads = pool.shares.claim(self.waiting_tokens[priority])
-        if pack and self.waiting[priority]:
+        before = self.waiting_tokens[priority]
+        most = min(limit.tokens, pool.shares.pack_tokens(before))
+        pack = self._take(priority, runner, most, pace.tokens if pace else None)
+        if not pack:
+            return [], 0
+        waiting = self.waiting_tokens[priority]
+        threads = 0 if pace else pool.shares.claim(before - waiting, waiting)
+        if waiting:
             self._wake(priority)
         return pack, threads
 

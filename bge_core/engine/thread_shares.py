@@ -29,17 +29,17 @@ class ThreadShares:
         workers: How many packs may be computed at once.
     """
 
-    __slots__ = ("_free", "_least", "workers")
+    __slots__ = ("_free", "_packs", "workers")
 
     def __init__(self, threads: int) -> None:
         self.workers = min(threads, _MOST_PACKS)
-        self._least = threads // self.workers
         self._free = threads
+        self._packs = 0
 
     @property
     def any_free(self) -> bool:
-        """Whether a pack could get a thread."""
-        return self._free > 0
+        """Whether another pack could be computed now."""
+        return self._free > 0 and self._packs < self.workers
 
     def pack_tokens(self, waiting: int) -> int:
         """Return how many tokens the next pack may have, so that all threads get some.
@@ -54,17 +54,21 @@ class ThreadShares:
         """Return how many tokens are computed at once where many wait, by a pack's budget."""
         return budget if self.workers == 1 else self.workers * min(budget, _MOST_TOKENS)
 
-    def claim(self, waiting: int) -> int:
+    def claim(self, tokens: int, waiting: int) -> int:
         """Take threads for a pack, and return how many.
 
         Args:
-            waiting: Tokens that still wait, which may be computed beside it.
+            tokens: Those of the pack.
+            waiting: Tokens that still wait, and may be computed beside it.
         """
-        others = min(waiting // _LEAST_TOKENS, self.workers - 1)
-        threads = min(max(self._free // (1 + others), self._least), self._free)
+        packs = 0 if waiting < _LEAST_TOKENS else -(-waiting // tokens)
+        beside = min(packs, self.workers - self._packs - 1)
+        threads = max(self._free // (1 + beside), 1)
         self._free -= threads
+        self._packs += 1
         return threads
 
     def give_back(self, threads: int) -> None:
         """Return the threads of a pack that is done."""
         self._free += threads
+        self._packs -= 1
