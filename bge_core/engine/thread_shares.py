@@ -14,7 +14,7 @@ _UNLIMITED = 1 << 60
 # No pack is cut for others to have some of it if they would have less.
 _LEAST_TOKENS = 128
 # A pack beside others has no more: larger ones are no faster, and take memory each.
-_MOST_TOKENS = 512
+_MOST_TOKENS = 1024
 # Packs at once; where there are more threads, each gets several. More weren't measured.
 _MOST_PACKS = 16
 

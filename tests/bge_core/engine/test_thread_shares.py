@@ -46,12 +46,12 @@ def test_what_is_alone_gets_all_threads(threads):
         (2, [100] * 3, [(100, 1), (200, 1)]),
         (2, [300, 300], [(300, 1), (300, 1)]),
         (2, [400, 50], [(400, 2)]),
-        (2, [100] * 90, [(500, 1)] * 2),
+        (2, [100] * 90, [(1000, 1)] * 2),
         (4, [100] * 4, [(100, 1), (100, 1), (200, 2)]),
         (4, [500] * 2, [(500, 2), (500, 2)]),
         (16, [128] * 8, [(128, 2)] * 8),
-        (16, [50] * 1000, [(500, 1)] * 16),
-        (64, [50] * 1000, [(500, 4)] * 16),
+        (16, [50] * 1000, [(1000, 1)] * 16),
+        (64, [50] * 1000, [(1000, 4)] * 16),
     ],
 )
 def test_what_waits_is_computed_side_by_side(threads, lengths, expected):
@@ -67,13 +67,13 @@ def test_no_more_threads_are_taken_than_there_are(threads, total):
     assert len(taken) <= min(threads, 16)
     if len(taken) > 1:
         assert min(tokens for tokens, _ in taken) >= 100
-        assert max(tokens for tokens, _ in taken) <= 512
+        assert max(tokens for tokens, _ in taken) <= 1024
 
 
 def test_the_last_packs_of_much_work_are_small():
-    sizes = [tokens for tokens, _ in packs_of(2, [10] * 300, together=False)]
-    assert sizes[:3] == [510, 510, 510]
-    assert sizes == sorted(sizes, reverse=True)
+    sizes = [tokens for tokens, _ in packs_of(2, [10] * 500, together=False)]
+    assert sizes[:3] == [1020, 1020, 1020]
+    assert sizes[:-2] == sorted(sizes[:-2], reverse=True)
     assert sizes[-1] < 260
 
 
