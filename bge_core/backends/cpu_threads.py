@@ -43,8 +43,9 @@ SMALL_PACK_TOKENS = 64
 _ALIKE = 16
 # Besides one and all: a query's steps are too small for dozens.
 _SOME = 4
-# Passes that count: the last ones.
+# Passes that say what a way takes, at the least and at the most: the last ones.
 _SAMPLES = 3
+_LAST = 7
 # A pass that takes so many seconds has steps as long as a large pack's.
 _LONG = 0.1
 # Part of the time that goes to finding out whether another way is faster by now.
@@ -140,7 +141,7 @@ class _Size:
         best = min(map(statistics.median, others), default=0.0)
         # One that was faster for once is tried again at once.
         self._since = {**rest, way: math.inf if seconds < best else 0.0}
-        self._seconds[way] = (*self._seconds.get(way, ()), seconds)[-_SAMPLES:]
+        self._seconds[way] = (*self._seconds.get(way, ()), seconds)[-_LAST:]
         if way.spin and seconds > 2 * best > 0.0:
             _sleepers.stay((seconds - best) / _TRIALS)
 

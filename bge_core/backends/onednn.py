@@ -13,17 +13,22 @@ import ctypes
 import logging
 import platform
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["prepack_linear_weights"]
 
 logger = logging.getLogger(__name__)
 
 _X86 = ("x86_64", "AMD64")
-# Rows that an image of a convolution may have, the fastest first. Packs have a multiple of four.
-_IMAGE_ROWS = (64, 32, 16, 8, 4)
+# Rows that an image of a convolution may have, the fastest first: a query in one image takes a
+# fifth less time than in images of four. Packs have a multiple of four.
+_IMAGE_ROWS = (64, 48, 40, *range(32, 0, -4))
 # Layers with fewer channels, such as a reranker's last, are none of a kernel's business.
 _FEW_CHANNELS = 32
 
@@ -131,12 +136,20 @@ def _image_rows(out_channels: int, in_channels: int) -> tuple[int, ...]:
     ops: Any = torch.ops.mkldnn
     numbers = torch.arange(out_channels * in_channels, dtype=torch.float32)
 
-    def layout(image_rows: int) -> bytes:
-        laid_out = _as_convolution(numbers.view(out_channels, in_channels), image_rows)
-        return ctypes.string_at(ops.data_ptr(laid_out), ops._nbytes(laid_out))
+    def laid_out(image_rows: int) -> torch.Tensor:
+        return _as_convolution(numbers.view(out_channels, in_channels), image_rows)
 
-    four = layout(4)
-    return tuple(rows for rows in _IMAGE_ROWS if rows == 4 or layout(rows) == four)
+    def stored(weight: torch.Tensor) -> NDArray[np.int32]:
+        words = ctypes.c_int32 * (ops._nbytes(weight) // 4)
+        return np.ctypeslib.as_array(words.from_address(ops.data_ptr(weight)))
+
+    four = laid_out(4)
+    found = []
+    for rows in _IMAGE_ROWS:
+        other = laid_out(rows)
+        if np.array_equal(stored(other), stored(four)):
+            found.append(rows)
+    return tuple(found)
 
 
 def prepack_linear_weights(model: torch.nn.Module) -> bool:
