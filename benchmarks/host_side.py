@@ -46,6 +46,7 @@ class StandIn:
     """
 
     padded = False
+    threads = 1
 
     def __init__(
         self,

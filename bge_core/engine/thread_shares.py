@@ -1,9 +1,9 @@
 """A CPU's threads, shared out among the packs that are computed at the same time.
 
-Threads that compute one pack together wait for each other after each of its steps. One thread a
-pack, with as many packs at once, takes a sixth less time on 2 cores and half of it on 16. Where
-less waits than that, a pack gets more threads, and one that is alone gets all of them
-(docs/decisions/31).
+Threads that compute one pack together wait for each other after each of its steps. As many packs at
+once, with a thread each, take a sixth less time on 2 cores and half of it on 16. Where less waits
+than that, a pack gets more threads, and one that is alone gets all of them
+(docs/decisions/32).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ThreadShares:
             tokens: Those of the pack.
             waiting: Tokens that still wait, and may be computed beside it.
         """
-        packs = 0 if waiting < _LEAST_TOKENS else -(-waiting // tokens)
+        packs = 0 if waiting < _LEAST_TOKENS else -(-waiting // max(tokens, 1))
         beside = min(packs, self.workers - self._packs - 1)
         threads = max(self._free // (1 + beside), 1)
         self._free -= threads

@@ -25,7 +25,8 @@ def packs_of(threads, lengths, *, together=True):
     """Take packs of sequences as long as threads are free; gives each one's tokens and threads."""
     shares, waiting, taken = ThreadShares(threads), list(lengths), []
     while waiting and shares.any_free:
-        most, pack = shares.pack_tokens(sum(waiting)), []
+        most = shares.pack_tokens(sum(waiting))
+        pack: list[int] = []
         while waiting and (not pack or sum(pack) + waiting[0] <= most):
             pack.append(waiting.pop(0))
         taken.append((sum(pack), shares.claim(sum(pack), sum(waiting))))
