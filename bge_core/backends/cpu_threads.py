@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "SMALL_PACK_TOKENS",
     "PackThreads",
     "end_waiting_threads",
+    "note_threads_end",
     "shareable_threads",
     "use_threads",
 ]
@@ -46,6 +47,8 @@ _SOME = 4
 # Passes that say what a way takes, at the least and at the most: the last ones.
 _SAMPLES = 3
 _LAST = 7
+# Threads have ended after so many seconds, on a busy machine, too.
+_END_SECONDS = 0.05
 # A pass that takes so many seconds has steps as long as a large pack's.
 _LONG = 0.1
 # Part of the time that goes to finding out whether another way is faster by now.
@@ -170,7 +173,24 @@ def end_waiting_threads() -> None:
     if openmp is not None and _is_gnu(openmp):
         pause = getattr(openmp, "omp_pause_resource_all", None)
         if pause is not None:
+            note_threads_end()
             pause(1)
+
+
+_last_end = [-math.inf]
+
+
+def note_threads_end() -> None:
+    """Note that threads that computed end about now: a fork waits until they have."""
+    _last_end[0] = monotonic()
+
+
+def _wait_for_ending_threads() -> None:
+    """Wait before a fork for threads that are ending.
+
+    Each gives MKL's buffers back as it ends, with a lock that a child would find taken for good.
+    """
+    sleep(min(max(_last_end[0] + _END_SECONDS - monotonic(), 0.0), _END_SECONDS))
 
 
 class _Sleepers:
@@ -236,7 +256,7 @@ def _wait(openmp: Any, started: threading.Event, end: threading.Event) -> None:
 
 _sleepers = _Sleepers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_sleepers.after_fork)
+    os.register_at_fork(before=_wait_for_ending_threads, after_in_child=_sleepers.after_fork)
 
 
 def _is_gnu(openmp: Any) -> bool:

@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard, cast
 import torch
 
 from bge_core.backends.base import OverlappingRunner
-from bge_core.backends.cpu_threads import SMALL_PACK_TOKENS, end_waiting_threads, use_threads
+from bge_core.backends.cpu_threads import (
+    SMALL_PACK_TOKENS,
+    end_waiting_threads,
+    note_threads_end,
+    use_threads,
+)
 from bge_core.backends.memory import free_cached_memory, is_out_of_memory
 from bge_core.backends.packing import BatchSize, next_batch_end
 from bge_core.engine.process import (
@@ -228,7 +233,7 @@ class _Pace:
 class _Pass:
     """A pack that a device computes, or will when it is asked for the rows."""
 
-    __slots__ = ("begun", "fetch", "lengths", "pack", "tokens")
+    __slots__ = ("begun", "computed", "fetch", "lengths", "pack", "tokens")
 
     def __init__(self, pack: list[_Entry], runner: Runner, *, overlapping: bool) -> None:
         # Queries of several callers come mixed; equal lengths share one attention call.
@@ -237,6 +242,8 @@ class _Pass:
         self.lengths = [len(sequence) for _, _, sequence in pack]
         self.tokens = self.lengths[-1] * len(pack) if runner.padded else sum(self.lengths)
         self.begun = time.perf_counter()
+        self.computed: Callable[[], None] | None = None
+        """Called when it is computed, before anybody hears of it, who might fork then."""
         sequences = [sequence for _, _, sequence in pack]
         self.fetch: Callable[[], Rows | Any]
         if not overlapping:
@@ -247,6 +254,14 @@ class _Pass:
         except BaseException as exc:  # noqa: BLE001 -- the pass before is handed out first
             # Its traceback holds every tensor of the failed pass.
             self.fetch = partial(_fail, exc.with_traceback(None) if is_out_of_memory(exc) else exc)
+
+    def rows(self) -> Rows | Any:
+        """Return the rows, which may have to be computed or waited for."""
+        try:
+            return self.fetch()
+        finally:
+            if self.computed is not None:
+                self.computed()
 
 
 def _fail(error: BaseException) -> NoReturn:
@@ -364,6 +379,7 @@ class _Workers:
         self._serve(priority, index, number)
         if not is_exiting():
             trim_heap()
+        note_threads_end()
 
     def _serve(self, priority: Priority, index: int, number: int) -> None:
         """Compute what comes until the engine is closed; nothing of the model outlives it."""
@@ -411,15 +427,14 @@ class _Workers:
                 use_threads(threads)
             following = _Pass(pack, runner, overlapping=pace is not None) if pack else None
             done = computing if pace else following
+            # Small packs are the first worker's, whose threads stay.
+            if done is not None and (number or done.tokens > SMALL_PACK_TOKENS):
+                done.computed = partial(self._end_threads, priority)
             if done is not None:
                 # It began when the device had done the pass before.
                 done.begun = max(done.begun, finished)
                 self._finish(done, runner, limit)
                 finished = time.perf_counter()
-                # Small packs are the first worker's, and its threads stay.
-                small = done.tokens <= SMALL_PACK_TOKENS and not number
-                if not small and not self.waiting[priority]:
-                    end_waiting_threads()
                 if pace:
                     pace.note(done.tokens, finished - done.begun)
                 idle_since = time.monotonic() + _IDLE_SECONDS if priority == "background" else None
@@ -429,6 +444,11 @@ class _Workers:
             computing = following if pace else None
             # Nothing of a pack may outlive it while the worker waits.
             del pack, following, done
+
+    def _end_threads(self, priority: Priority) -> None:
+        """End the threads that this one shared a pack with, unless there is more to compute."""
+        if not self.waiting[priority]:
+            end_waiting_threads()
 
     def _next_pack(
         self,
@@ -517,7 +537,7 @@ class _Workers:
     def _fetch(self, computed: _Pass, runner: Runner, limit: _TokenLimit) -> None:
         pack, tokens = computed.pack, computed.tokens
         try:
-            rows = computed.fetch()
+            rows = computed.rows()
         except Exception as exc:
             if not is_out_of_memory(exc):
                 raise

@@ -96,7 +96,11 @@ def test_of_many_threads_a_few_are_tried_too(passes):
 @pytest.fixture
 def two_threads(monkeypatch):
     """Have two: the suite's processes have one each."""
+    before = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    yield
+    if (openmp := cpu_threads._openmp()) is not None:
+        openmp.omp_set_num_threads(before)
 
 
 @pytest.fixture
@@ -218,3 +222,23 @@ def test_a_child_has_sleepers_of_its_own(two_threads):
 def test_another_platform_s_openmp_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cpu_threads._openmp.__wrapped__() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_for_threads_that_are_ending(clock, monkeypatch):
+    """Each holds a lock of MKL's for a moment, which the child would find taken for good."""
+    slept: list[float] = []
+    monkeypatch.setattr(cpu_threads, "sleep", slept.append)
+
+    def fork():
+        if (pid := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+    cpu_threads.note_threads_end()
+    clock[0] += 0.02
+    fork()
+    clock[0] += 10.0
+    fork()
+    assert slept == pytest.approx([0.03, 0.0])

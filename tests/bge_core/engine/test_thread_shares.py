@@ -302,6 +302,7 @@ def test_vectors_and_scores_are_the_same(dtype, en_folder, bert_reranker_folder,
                 seen.update(t.name for t in model.local.loaded()._workers.all_threads())
             return np.concatenate([vectors, queries]), scores
 
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     alone = computed()
     assert not any(name.count("-") > 2 for name in seen)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
