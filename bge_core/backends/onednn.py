@@ -29,6 +29,8 @@ _X86 = ("x86_64", "AMD64")
 # Rows that an image of a convolution may have, the fastest first: a query in one image takes a
 # fifth less time than in images of four. Packs have a multiple of four.
 _IMAGE_ROWS = (64, 48, 40, *range(32, 0, -4))
+# The operators' words: an activation, its numbers, and which form of it.
+_NO_ACTIVATION: Any = ("none", [], None)
 # Layers with fewer channels, such as a reranker's last, are none of a kernel's business.
 _FEW_CHANNELS = 32
 
@@ -41,8 +43,6 @@ class _PointwiseLinear(torch.nn.Module):
         self._compute = operator.default
         self._compute_plus = operator.binary
         self._bias = None if linear.bias is None else linear.bias.detach()
-        # The operator's words: an activation, its numbers, and which form of it.
-        self._no_activation: Any = ("none", [], None)
 
 
 class CpuLinear(_PointwiseLinear):
@@ -59,7 +59,7 @@ class CpuLinear(_PointwiseLinear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute [..., in] -> [..., out], float32."""
-        out: torch.Tensor = self._compute(rows, self._weight, self._bias, *self._no_activation)
+        out: torch.Tensor = self._compute(rows, self._weight, self._bias, *_NO_ACTIVATION)
         return out
 
     def plus(self, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ class ConvolutionLinear(_PointwiseLinear):
             self._weight,
             self._bias,
             *self._shape,
-            *self._no_activation,
+            *_NO_ACTIVATION,
         )
         return out.permute(0, 2, 3, 1).reshape(*rows.shape[:-1], self._out)
 
@@ -146,7 +146,7 @@ def _image_rows(out_channels: int, in_channels: int) -> tuple[int, ...]:
     four = laid_out(4)
     found = []
     for rows in _IMAGE_ROWS:
-        other = laid_out(rows)
+        other = laid_out(rows)  # named, so that it lives while its memory is read
         if np.array_equal(stored(other), stored(four)):
             found.append(rows)
     return tuple(found)

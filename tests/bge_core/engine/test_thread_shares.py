@@ -116,6 +116,16 @@ def engine(runner):
     return Engine({"interactive": [runner], "background": [runner]}, tokenizer=None, name="meeting")
 
 
+def held(length, *, priority):
+    """An engine of two threads that both compute a first text until the gate opens."""
+    runner = Meeting(2)
+    runner.gate.clear()
+    made = engine(runner)
+    first = made.submit(sequences(length), priority=priority)
+    assert runner.begun.acquire(timeout=10)
+    return made, runner, first
+
+
 def values(future):
     return [int(row[0]) for row in future.result(10)]
 
@@ -149,11 +159,7 @@ def test_a_lone_pack_gets_all_threads_and_always_the_first_worker(used):
 
 
 def test_what_comes_while_all_threads_compute_waits_and_is_shared_out_then(used):
-    runner = Meeting(2)
-    runner.gate.clear()
-    made = engine(runner)
-    first = made.submit(sequences(40), priority="interactive")
-    assert runner.begun.acquire(timeout=10)
+    made, runner, first = held(40, priority="interactive")
     later = [made.submit(sequences(*[60] * 5), priority="interactive") for _ in range(2)]
     assert not runner.begun.acquire(timeout=0.2)
     runner.gate.set()
@@ -202,11 +208,7 @@ def test_progress_is_told_by_one_worker_at_a_time(used):
 
 
 def test_a_caller_that_leaves_takes_its_tokens_along(used):
-    runner = Meeting(2)
-    runner.gate.clear()
-    made = engine(runner)
-    first = made.submit(sequences(5), priority="background")
-    assert runner.begun.acquire(timeout=10)
+    made, runner, first = held(5, priority="background")
     gone = made.submit(sequences(*[500] * 90), priority="background")
     assert gone.cancel()
     assert made._workers.waiting_tokens["background"] == 0
